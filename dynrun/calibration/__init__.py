@@ -1,0 +1,1 @@
+"""From conversations to token sequences, and what the model's weights see of them."""

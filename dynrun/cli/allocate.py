@@ -1,0 +1,55 @@
+"""`dynrun allocate`: the scheme alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynrun.cli import options
+from dynrun.cli.output import StageReporter, emit
+
+
+def allocate(
+    model: options.Model,
+    quant: options.Quant = None,
+    bpw: options.Bpw = None,
+    size: options.Size = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The scheme's file (default: NAME-LABEL.scheme.toml here).")
+    ] = None,
+    calibration: options.Calibration = "builtin",
+    tokens: options.Tokens = 32768,
+    ctx: options.CalibrationCtx = 512,
+    probe_tokens: options.ProbeTokens = 1024,
+    as_json: options.AsJson = False,
+) -> None:
+    """Choose one type for each tensor: the least predicted KLD within the size.
+
+    Example: dynrun allocate demo --bpw 4.5 --out demo.toml
+    """
+    from dynrun.allocation.stage import allocate as choose
+    from dynrun.make import budget_for, check_budget, imatrix_stage, sensitivity_stage
+    from dynrun.models import open_reference
+    from dynrun.scheme import render, write_scheme
+
+    wanted = options.target(quant, bpw, size)
+    reference = open_reference(model)
+    settings = options.settings(calibration, tokens, ctx, probe_tokens, None)
+    reporter = StageReporter()
+    imatrix = imatrix_stage(reference, settings, reporter)
+    budget, _ = budget_for(reference, imatrix, wanted)
+    check_budget(reference, imatrix, budget, settings)
+    table = sensitivity_stage(reference, imatrix, settings, reporter, reporter.log)
+    scheme = choose(reference, imatrix, table.tensors, budget)
+    path = out or Path(f"{reference.name}-{budget.label}.scheme.toml")
+    write_scheme(scheme, path)
+    data = {
+        "path": str(path),
+        "budget_bytes": scheme.budget_bytes,
+        "size_bytes": scheme.size_bytes,
+        "predicted_kld": scheme.predicted_kld,
+        "types": dict(scheme.types),
+    }
+    emit(as_json, data, lambda: print(f"{render(scheme)}\n{path}"))

@@ -1,0 +1,137 @@
+"""`dynrun make`: the whole pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dynrun.cli import options
+from dynrun.cli.output import StageReporter, emit, megabytes, say
+
+if TYPE_CHECKING:
+    from dynrun.evaluation.kld import Row
+    from dynrun.make import Made, Settings, Target
+
+
+def make(
+    model: options.Model,
+    quant: options.Quant = None,
+    bpw: options.Bpw = None,
+    size: options.Size = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write the file (default: the cache).")
+    ] = None,
+    calibration: options.Calibration = "builtin",
+    tokens: options.Tokens = 32768,
+    ctx: options.CalibrationCtx = 512,
+    probe_tokens: options.ProbeTokens = 1024,
+    eval_tokens: options.EvalTokens = 16384,
+    no_feedback: Annotated[
+        bool, typer.Option("--no-feedback", help="Round without error feedback (as all files are now).")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show stages, sizes and commands; do nothing.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Make the best GGUF of the wanted size, and prove it beside the stock preset.
+
+    Killed at any moment and run again, it goes on. Example: dynrun make demo --quant Q3_K_M
+    """
+    del no_feedback
+    wanted = options.target(quant, bpw, size)
+    settings = options.settings(calibration, tokens, ctx, probe_tokens, eval_tokens)
+    if dry_run:
+        _dry_run(model, wanted, settings, as_json)
+        return
+    made = run_make(model, wanted, settings, out)
+    emit(as_json, to_json(made), lambda: show(made))
+
+
+def run_make(model: str, wanted: Target, settings: Settings, out: Path | None = None) -> Made:
+    """`make` with its progress on stderr."""
+    from dynrun.make import make as make_model
+
+    reporter = StageReporter()
+    say(f"log: {reporter.path}")
+    made = make_model(model, wanted, settings, reporter, reporter.log, out)
+    if made.imatrix.template == "plain":
+        say(f"{made.reference.path.name} has no chat template: it was calibrated and tested on plain text")
+    return made
+
+
+def _dry_run(model: str, wanted: Target, settings: Settings, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from dynrun.make import plan
+
+    stages = plan(model, wanted, settings)
+
+    def show_plan() -> None:
+        for stage in stages:
+            print(f"{stage.name:13} {'found' if stage.cached else 'to do':6} {stage.detail}")
+            if stage.command:
+                print(f"{'':20} $ {stage.command}")
+
+    emit(as_json, {"stages": [asdict(stage) for stage in stages]}, show_plan)
+
+
+def to_json(made: Made) -> dict[str, Any]:
+    """What `--json` promises (docs/design.md)."""
+    row, other, ratio = made.row, made.baseline_row, made.ratio
+    return {
+        "file": str(made.file),
+        "scheme": str(made.scheme_path),
+        "reference": str(made.reference.path),
+        "imatrix": str(made.imatrix.path),
+        "size_bytes": row.size_bytes,
+        "bpw": row.bpw,
+        "predicted_kld": made.scheme.predicted_kld,
+        "kld": _kld(row),
+        "baseline": {
+            "ftype": made.baseline.ftype,
+            "file": str(other.file),
+            "size_bytes": other.size_bytes,
+            "kld": _kld(other),
+        },
+        "kld_ratio": None if ratio is None else ratio.value,
+        "kld_ratio_ci95": None if ratio is None else list(ratio.ci95),
+        "stages": [
+            {"name": stage.name, "elapsed_s": round(stage.elapsed_s, 2), "cached": stage.cached}
+            for stage in made.stages
+        ],
+        "elapsed_s": round(made.elapsed_s, 2),
+    }
+
+
+def _kld(row: Row) -> dict[str, Any]:
+    return {"mean": row.kld.mean, "ci95": list(row.kld.ci95), "p99": row.kld.p99, "same_top_p": row.same_top_p}
+
+
+def show(made: Made) -> None:
+    """The table, and where the files are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", justify="left")
+    for heading in ("size", "bpw", "mean KLD (95%)", "p99 KLD", "same top p", "PPL"):
+        table.add_column(heading, justify="right")
+    for name, row in ((f"dynrun {made.scheme.label}", made.row), (f"stock {made.baseline.ftype}", made.baseline_row)):
+        low, high = row.kld.ci95
+        table.add_row(
+            *(name, megabytes(row.size_bytes), f"{row.bpw:.2f}", f"{row.kld.mean:.4f} ({low:.4f}–{high:.4f})"),
+            *(f"{row.kld.p99:.3f}", f"{row.same_top_p:.1%}", f"{row.ppl:.2f}"),
+        )
+    console = Console(highlight=False, width=110)
+    console.print()
+    console.print(table)
+    if made.ratio is not None:
+        low, high = made.ratio.ci95
+        console.print(f"\nKLD ratio {made.ratio.value:.3f} ({low:.3f}–{high:.3f}): dynrun's over the stock preset's,")
+    console.print(
+        f"same imatrix, {made.row.n_tokens:,} tokens of conversations not calibrated on; "
+        f"predicted {made.scheme.predicted_kld:.4f}"
+    )
+    print(f"file    {made.file}")
+    print(f"scheme  {made.scheme_path}")

@@ -1,0 +1,201 @@
+"""What happens at each node of a compute graph while llama.cpp decodes.
+
+ggml_backend_sched calls back twice a node: first with ask=true for a run of nodes, before they are computed, then with
+ask=false for a node whose data somebody asked for (ggml-backend.cpp, ggml_backend_sched_compute_splits). A
+:class:`Tap` decides what to do there. The engine holds one at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynrun.llamacpp.library import MAX_SRC, Ggml, GgmlTensor
+
+Array = npt.NDArray[np.float32]
+F32_TYPE = 0
+
+
+class Tap:
+    """Does nothing; subclasses override. ``ask`` returns whether the node's data is wanted in ``got``."""
+
+    def ask(self, pointer: int, node: GgmlTensor) -> bool:
+        return False
+
+    def got(self, pointer: int, node: GgmlTensor) -> None:
+        """The node has been computed and its successors have not."""
+
+    def finish(self) -> None:
+        """The decode is over, even if it failed."""
+
+
+def sources(node: GgmlTensor) -> list[int]:
+    """Pointers of the tensors that a node reads."""
+    found: list[int] = [node.src[i] for i in range(MAX_SRC) if node.src[i]]
+    if node.view_src:
+        found.append(node.view_src)
+    return found
+
+
+class FindTensors(Tap):
+    """Collect the pointer of every named leaf (weights among them) of the graph."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.wanted = set(names)
+        self.found: dict[str, int] = {}
+
+    def ask(self, pointer: int, node: GgmlTensor) -> bool:
+        for source in sources(node):
+            name = GgmlTensor.from_address(source).name.decode("utf-8", "replace")
+            if name in self.wanted:
+                self.found[name] = source
+        return False
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The input of one weight: ``x`` [n_rows, ne0]; ``experts`` [n_rows] for expert tensors, else None."""
+
+    weight: str
+    x: Array
+    experts: npt.NDArray[np.int32] | None
+
+
+class WatchInputs(Tap):
+    """Give the F32 input of every multiplication with a known weight to ``consume``.
+
+    As llama-imatrix does (tools/imatrix/imatrix.cpp, collect_imatrix): MUL_MAT and MUL_MAT_ID, weight in src[0].
+    """
+
+    def __init__(self, lib: Ggml, weights: dict[int, str], consume: Callable[[Activation], None]) -> None:
+        self.lib, self.weights, self.consume = lib, weights, consume
+        self.dense, self.routed = lib.ops["MUL_MAT"], lib.ops["MUL_MAT_ID"]
+
+    def ask(self, pointer: int, node: GgmlTensor) -> bool:
+        if node.op not in (self.dense, self.routed) or node.src[0] not in self.weights:
+            return False
+        return bool(GgmlTensor.from_address(node.src[1]).type == F32_TYPE)
+
+    def got(self, pointer: int, node: GgmlTensor) -> None:
+        name = self.weights[node.src[0]]
+        x = strided(self.lib, node.src[1])
+        if node.op == self.dense:
+            self.consume(Activation(name, x.reshape(-1, x.shape[-1]), None))
+            return
+        # x: [n_tokens, n_used or 1, ne0]; ids: [n_tokens, n_used]
+        ids = strided(self.lib, node.src[2], np.int32)[0, 0]
+        rows = np.broadcast_to(x[0], (*ids.shape, x.shape[-1]))
+        self.consume(Activation(name, rows.reshape(-1, x.shape[-1]), ids.reshape(-1)))
+
+
+def strided(lib: Ggml, pointer: int, dtype: type[Any] = np.float32) -> npt.NDArray[Any]:
+    """A tensor of 4-byte elements as an array [ne3, ne2, ne1, ne0], honouring its strides."""
+    tensor = GgmlTensor.from_address(pointer)
+    shape = tuple(reversed(list(tensor.ne)))
+    strides = tuple(reversed(list(tensor.nb)))
+    return np.ndarray(shape, dtype=dtype, buffer=lib.tensor_bytes(pointer).data, strides=strides)
+
+
+@dataclass
+class Node:
+    """One node of a recorded graph."""
+
+    pointer: int
+    name: str
+    sources: list[int]
+
+
+class Record(Tap):
+    """Record the order and dependencies of the graph and keep the values of ``keep`` nodes."""
+
+    def __init__(self, lib: Ggml, keep: Callable[[str], bool]) -> None:
+        self.lib, self.keep = lib, keep
+        self.nodes: list[Node] = []
+        self.values: dict[str, npt.NDArray[np.uint8]] = {}
+
+    def ask(self, pointer: int, node: GgmlTensor) -> bool:
+        name = node.name.decode("utf-8", "replace")
+        self.nodes.append(Node(pointer, name, sources(node)))
+        return self.keep(name)
+
+    def got(self, pointer: int, node: GgmlTensor) -> None:
+        self.values[node.name.decode("utf-8", "replace")] = self.lib.tensor_bytes(pointer)
+
+
+def skippable(nodes: Sequence[Node], cut: str) -> frozenset[int]:
+    """Indices of nodes whose work is not needed when the value of node ``cut`` is given.
+
+    Needed are the nodes that depend on the cut and what those read by other ways (masks, positions). All others
+    only lead to the cut, or write caches of layers before it.
+    """
+    index = {node.pointer: i for i, node in enumerate(nodes)}
+    cut_index = next(i for i, node in enumerate(nodes) if node.name == cut)
+    after: set[int] = {cut_index}
+    for i in range(cut_index + 1, len(nodes)):
+        if any(index.get(source) in after for source in nodes[i].sources):
+            after.add(i)
+    needed, todo = set(after), [i for i in after if i != cut_index]
+    while todo:
+        for source in nodes[todo.pop()].sources:
+            read = index.get(source)
+            if read is not None and read not in needed:
+                needed.add(read)
+                todo.append(read)
+    return frozenset(range(len(nodes))) - frozenset(needed)
+
+
+@dataclass
+class Resume(Tap):
+    """Skip the nodes in ``skip`` and put ``value`` in the place of node ``cut``."""
+
+    lib: Ggml
+    nodes: Sequence[Node]
+    skip: frozenset[int]
+    cut: str
+    value: npt.NDArray[np.uint8]
+    _next: int = 0
+    _silenced: list[tuple[GgmlTensor, int]] = field(default_factory=list)
+
+    def ask(self, pointer: int, node: GgmlTensor) -> bool:
+        index, self._next = self._next, self._next + 1
+        if index >= len(self.nodes) or self.nodes[index].name != node.name.decode("utf-8", "replace"):
+            raise RuntimeError(f"the graph changed at node {index}: {node.name!r}")
+        is_cut = self.nodes[index].name == self.cut
+        if index in self.skip or is_cut:
+            self._silenced.append((node, node.op))
+            node.op = self.lib.ops["NONE"]
+        return is_cut
+
+    def got(self, pointer: int, node: GgmlTensor) -> None:
+        self.lib.set_tensor_bytes(pointer, self.value)
+
+    def finish(self) -> None:
+        # llama.cpp may use the same graph for the next decode.
+        for node, op in self._silenced:
+            node.op = op
+
+
+class Dispatcher:
+    """The C callback of a context; forwards to the current tap and keeps an exception raised there."""
+
+    def __init__(self) -> None:
+        self.tap: Tap | None = None
+        self.error: BaseException | None = None
+
+    def __call__(self, pointer: int, ask: bool, _: ctypes.c_void_p) -> bool:
+        if self.tap is None or self.error is not None:
+            return False
+        try:
+            node = GgmlTensor.from_address(pointer)
+            if ask:
+                return self.tap.ask(pointer, node)
+            self.tap.got(pointer, node)
+            return True
+        except BaseException as error:  # an exception must not cross C code; the engine raises it after the decode
+            self.error = error
+            return False

@@ -1,0 +1,1 @@
+"""Pure arithmetic on measured numbers: summaries and their confidence intervals."""

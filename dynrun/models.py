@@ -1,0 +1,114 @@
+"""Resolve MODEL, as every command takes it, to a file.
+
+A path; a built-in name (``demo``, ``demo-moe``), which means its F16 reference; ``name:LABEL``, a file that `make`
+made of a built-in model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from dynrun.artifacts import sha256_file
+from dynrun.demo.builtin import BUILTIN, builtin_path, ensure_builtin
+from dynrun.errors import DynrunError, NotFoundError, UsageError
+from dynrun.gguf.header import Header, read_header
+from dynrun.gguf.quant_label import label_of
+from dynrun.gguf.quantizable import quantizable
+from dynrun.gguf.tensor_types import FULL_PRECISION
+from dynrun.paths import models_dir
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on this machine. ``name`` is what the user called it, or the file's stem."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The full-precision model that everything is measured against."""
+
+    name: str
+    header: Header
+    sha256: str
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A line of `dynrun ls`."""
+
+    name: str
+    path: Path
+    size_bytes: int
+    architecture: str
+    quant: str
+
+
+def resolve(model: str) -> Model:
+    """The file that MODEL means, made first where it is built in.
+
+    Raises NotFoundError, naming the nearest known name.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return Model(path.stem, path.resolve())
+    if model in BUILTIN:
+        return Model(model, ensure_builtin(model))
+    name, colon, label = model.partition(":")
+    if colon and (made := made_path(name, label)).is_file():
+        return Model(model, made)
+    if model.endswith(".gguf") or path.is_absolute() or model.startswith("."):
+        raise NotFoundError(f"{model} does not exist", fix="check the path")
+    near = get_close_matches(model, [*BUILTIN, *(listed.name for listed in list_models())], n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"give a path to a GGUF, or one of {', '.join(BUILTIN)}"
+    raise NotFoundError(f"no model {model!r} on this machine", fix=hint)
+
+
+def open_reference(model: str) -> Reference:
+    """MODEL as a reference to quantize from.
+
+    Raises UsageError where it is quantized already, or is no language model.
+    """
+    found = resolve(model)
+    header = read_header(found.path)
+    if not header.architecture or header.metadata.get("general.type", "model") != "model":
+        raise UsageError(f"{found.path} holds no language model", fix="give a GGUF of a model")
+    if coarse := sorted({t.type for t in quantizable(header).values() if t.type not in FULL_PRECISION}):
+        raise UsageError(
+            f"{found.path} is already quantized ({', '.join(coarse)})",
+            fix="start from an F16, BF16 or F32 GGUF of the model",
+        )
+    return Reference(found.name, header, sha256_file(found.path))
+
+
+def made_path(name: str, label: str) -> Path:
+    """Where `make` puts its file for model ``name`` and quant ``label``."""
+    return models_dir() / "made" / f"{name}-{label}.gguf"
+
+
+def list_models() -> list[Listed]:
+    """The built-in models that have been made, and every file that `make` made."""
+    found = [(name, builtin_path(name)) for name in BUILTIN if builtin_path(name).is_file()]
+    for path in sorted((models_dir() / "made").glob("*.gguf")):
+        base = next((name for name in sorted(BUILTIN, reverse=True) if path.stem.startswith(f"{name}-")), None)
+        found.append((f"{base}:{path.stem.removeprefix(f'{base}-')}" if base else path.stem, path))
+    listed = []
+    for name, path in found:
+        try:
+            header = read_header(path)
+        except DynrunError:
+            continue
+        listed.append(_listed(name, path, header))
+    return listed
+
+
+def _listed(name: str, path: Path, header: Header) -> Listed:
+    return Listed(name, path, header.file_bytes, header.architecture, label_of(header))

@@ -1,0 +1,1 @@
+"""Divergence of whatever the engine has loaded from the reference's logits."""

@@ -1,0 +1,46 @@
+"""Fixtures of all tests: the user's cache and configuration are not touched, but for the demo model, made once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# As it was before any test changed it: where the user's own models lie.
+_USER_CACHE = os.environ.get("DYNRUN_CACHE")
+_SCRUBBED = ("DYNRUN_THREADS", "DYNRUN_N_GPU_LAYERS", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, and no configuration; the compiled llama.cpp is found through sys.prefix anyway."""
+    home = tmp_path_factory.mktemp("dynrun")
+    monkeypatch.setenv("DYNRUN_CACHE", str(home / "cache"))
+    monkeypatch.setenv("DYNRUN_CONFIG", str(home / "config.toml"))
+    for name in _SCRUBBED:
+        monkeypatch.delenv(name, raising=False)
+    return home / "cache"
+
+
+def _ensure(name: str) -> Path:
+    from dynrun.demo.builtin import ensure_builtin
+
+    with pytest.MonkeyPatch.context() as patch:
+        if _USER_CACHE is None:
+            patch.delenv("DYNRUN_CACHE", raising=False)
+        else:
+            patch.setenv("DYNRUN_CACHE", _USER_CACHE)
+        return ensure_builtin(name)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The F16 reference of the built-in model `demo`, in the user's own cache, made if it is not there yet."""
+    return _ensure("demo")
+
+
+@pytest.fixture(scope="session")
+def demo_moe_model() -> Path:
+    """The F16 reference of `demo-moe`, likewise."""
+    return _ensure("demo-moe")

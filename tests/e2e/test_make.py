@@ -1,0 +1,141 @@
+"""`dynrun make` and its single stages, as a user runs them."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dynrun.gguf.header import read_header
+from dynrun.gguf.quantizable import quantizable
+from dynrun.llamacpp import tools
+from dynrun.scheme import read_scheme
+from tests.commands import ARGV, dynrun
+from tests.tiny import write_tiny_llama
+
+pytestmark = pytest.mark.e2e
+SMALL = ("--tokens", "1024", "--ctx", "128", "--probe-tokens", "128")
+EVAL = ("--eval-tokens", "1024")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_tiny_llama(tmp_path / "tiny.gguf", n_block=2, n_vocab=512)
+
+
+def test_make_gives_a_file_of_the_presets_size_that_stands_closer_to_the_reference(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    """The built-in model with a sixteenth of the usual probe tokens: the whole pipeline on real weights."""
+    out = tmp_path / "demo.gguf"
+    settings = ("--tokens", "4096", "--ctx", "256", "--probe-tokens", "64", "--eval-tokens", "2048")
+    ran = dynrun("make", demo_model, "--quant", "Q3_K_M", "--out", out, *settings, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    made = ran.json
+    assert Path(made["file"]) == out
+    assert 0.995 * made["baseline"]["size_bytes"] <= made["size_bytes"] <= made["baseline"]["size_bytes"]
+    assert made["size_bytes"] == out.stat().st_size
+    assert made["kld_ratio"] < 0.6
+    assert made["kld"]["ci95"][0] < made["kld"]["mean"] < made["kld"]["ci95"][1] < made["baseline"]["kld"]["ci95"][0]
+    assert [stage["name"] for stage in made["stages"]] == [
+        *("imatrix", "sensitivity", "allocation", "quantize", "stock", "evaluation")
+    ]
+    scheme = read_scheme(Path(made["scheme"]), quantizable(read_header(demo_model)))
+    header = read_header(out)
+    assert {name: header.tensors[name].type for name in scheme.types} == dict(scheme.types)
+    assert header.metadata["dynrun.label"] == "Q3_K_M"
+    assert re.fullmatch("[0-9a-f]{64}", header.metadata["dynrun.scheme.sha256"])
+    assert "/" not in header.metadata["quantize.imatrix.file"]
+    assert tools.complete(out, "The capital of France is", n_predict=8, n_threads=2).strip()
+    cached = dynrun("make", demo_model, "--quant", "Q3_K_M", "--out", out, *settings, "--json").json
+    assert all(stage["cached"] for stage in cached["stages"] if stage["name"] != "allocation")
+    assert cached["kld"] == made["kld"]
+
+
+@pytest.mark.parametrize("n_expert", [0, 4])
+@pytest.mark.parametrize("wanted", [("--quant", "Q4_K_M"), ("--quant", "IQ2_XXS"), ("--bpw", "5.5")])
+def test_make_works_on_any_llama(tmp_path: Path, n_expert: int, wanted: Sequence[str]) -> None:
+    model = write_tiny_llama(tmp_path / "m.gguf", n_expert=n_expert, n_vocab=512)
+    out = tmp_path / "out.gguf"
+    ran = dynrun("make", model, *wanted, *SMALL, *EVAL, "--out", out, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    assert ran.json["size_bytes"] == out.stat().st_size
+    assert tools.complete(out, "a", n_predict=4, n_threads=2)
+    if wanted[0] == "--bpw":
+        assert ran.json["bpw"] <= 5.5
+        assert ran.json["baseline"]["size_bytes"] <= 5.5 * read_header(model).n_elements / 8
+
+
+def kill_at(argv: Sequence[str], seconds: float) -> bool:
+    """Start a command and SIGKILL it after ``seconds``; whether it was still running. No child may outlive it."""
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert not alive
+        return True
+    return False
+
+
+def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["make", str(tiny), "--quant", "Q3_K_M", *SMALL, *EVAL, "--out"]
+    monkeypatch.setenv("DYNRUN_CACHE", str(tmp_path / "undisturbed"))
+    assert dynrun(*arguments, tmp_path / "whole.gguf").exit_code == 0
+    monkeypatch.setenv("DYNRUN_CACHE", str(tmp_path / "killed"))
+    chance = random.Random(2)
+    out = tmp_path / "killed.gguf"
+    killed = sum(kill_at([*ARGV, *arguments, str(out)], chance.uniform(0.3, 6.0)) for _ in range(8))
+    assert killed >= 2
+    assert dynrun(*arguments, out).exit_code == 0
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert out.with_suffix(".scheme.toml").read_text() == (tmp_path / "whole.scheme.toml").read_text()
+
+
+def test_the_stages_one_by_one_end_with_the_same_file(tiny: Path, tmp_path: Path) -> None:
+    imatrix = dynrun("imatrix", tiny, *SMALL[:4], "--out", tmp_path / "i.gguf", "--json")
+    assert imatrix.exit_code == 0, imatrix.stderr
+    assert Path(imatrix.json["path"]).is_file()
+    sensitivity = dynrun("sensitivity", tiny, *SMALL, "--json")
+    assert sensitivity.exit_code == 0, sensitivity.stderr
+    assert set(sensitivity.json["tensors"]) == set(quantizable(read_header(tiny)))
+    lines = Path(sensitivity.json["log"]).read_text().splitlines()
+    assert len(lines) == 2 * len(sensitivity.json["tensors"])
+    scheme = tmp_path / "s.toml"
+    allocated = dynrun("allocate", tiny, "--quant", "Q4_K_M", *SMALL, "--out", scheme, "--json")
+    assert allocated.exit_code == 0, allocated.stderr
+    quantized = dynrun("quantize", tiny, scheme, *SMALL[:4], "--out", tmp_path / "q.gguf", "--json")
+    assert quantized.exit_code == 0, quantized.stderr
+    assert quantized.json["size_bytes"] == allocated.json["size_bytes"] == (tmp_path / "q.gguf").stat().st_size
+    made = dynrun("make", tiny, "--quant", "Q4_K_M", *SMALL, *EVAL, "--out", tmp_path / "m.gguf", "--json")
+    assert made.exit_code == 0, made.stderr
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "q.gguf").read_bytes()
+    rows = dynrun("eval", "kld", tiny, tmp_path / "m.gguf", "--tokens", "1024", "--json").json["rows"]
+    assert rows[0]["kld"]["mean"] == pytest.approx(made.json["kld"]["mean"])
+
+
+def test_a_dry_run_does_nothing_and_shows_commands(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    ran = dynrun("make", tiny, "--quant", "Q4_K_M", *SMALL, "--out", out, "--dry-run")
+    assert ran.exit_code == 0, ran.stderr
+    assert "llama-quantize --imatrix imatrix.gguf --tensor-type-file tensor-types.txt" in ran.stdout
+    assert "to do" in ran.stdout
+    assert not out.exists()
+    dynrun("imatrix", tiny, *SMALL[:4])
+    stages = {
+        s["name"]: s for s in dynrun("make", tiny, "--quant", "Q4_K_M", *SMALL, "--dry-run", "--json").json["stages"]
+    }
+    assert stages["imatrix"]["cached"] is True
+    assert stages["sensitivity"]["cached"] is False
+    assert re.search(r"[\d,]+ bytes", stages["allocation"]["detail"])

@@ -1,0 +1,199 @@
+"""A real llama-server on a tiny model: started, asked, killed; and `run` and `doctor` on top of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from dynrun.cli.app import main
+from dynrun.errors import UsageError
+from dynrun.llamacpp.build import RECORD, installation
+from dynrun.llamacpp.server import Server, ServerDiedError, ServerOutOfMemoryError
+from dynrun.runtime.chat import Answer, answer
+from tests.tiny import write_tiny_llama
+
+pytestmark = pytest.mark.native
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", n_ctx_train=1024)
+
+
+def ask(path: Path, prompt: str = "the cat", **changes: Any) -> Answer:
+    settings: dict[str, Any] = {"system": None, "max_tokens": 12, "temperature": 0.0, "seed": 1, "n_threads": 1}
+    return answer(path, prompt, **{**settings, "n_ctx": 512, "on_text": lambda _: None, **changes})
+
+
+def test_a_server_answers_its_key_only_and_is_gone_afterwards(model: Path) -> None:
+    with Server(model, n_threads=1) as server:
+        pid = server.pid
+        with server.client() as client:
+            assert client.get("/v1/models").status_code == httpx.codes.OK
+        assert httpx.get(f"{server.url}/v1/models", trust_env=False).status_code == httpx.codes.UNAUTHORIZED
+        assert server.url.startswith("http://127.0.0.1:")
+        assert server.api_key not in " ".join(psutil.Process(pid).cmdline())
+        assert server.death(within_s=0) is None
+    assert not psutil.pid_exists(pid)
+    assert "listening on" in server.log.read_text()
+
+
+def test_two_servers_at_once_have_ports_of_their_own(model: Path) -> None:
+    with Server(model, n_threads=1) as one, Server(model, n_threads=1) as other:
+        assert one.port != other.port
+        for server in (one, other):
+            with server.client() as client:
+                assert client.get("/v1/models").status_code == httpx.codes.OK
+
+
+def test_another_site_is_not_allowed_in_by_cors(model: Path) -> None:
+    with Server(model, n_threads=1) as server, server.client() as client:
+        headers = client.get("/v1/models", headers={"Origin": "https://example.org"}).headers
+        assert headers.get("access-control-allow-origin", "") not in ("*", "https://example.org")
+
+
+def test_settings_and_proxies_of_the_user_do_not_reach_the_server(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_ARG_N_PREDICT", "1")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp" / "config.ini").write_text("[*]\nn-predict = 1\nlog-disable = true\n")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with Server(model, n_threads=1) as server, server.client() as client:
+        assert "config.ini" not in server.log.read_text()
+        done = client.post("/completion", json={"prompt": "the", "n_predict": -1, "ignore_eos": True, "temperature": 0})
+        assert done.json()["tokens_predicted"] > 1
+
+
+def test_the_context_is_capped_to_what_the_model_was_trained_for(model: Path) -> None:
+    with Server(model, n_threads=1, n_ctx=100_000) as server, server.client() as client:
+        assert client.get("/props").json()["default_generation_settings"]["n_ctx"] == 1024
+
+
+def test_a_model_of_unknown_architecture_is_named_as_the_cause(model: Path, tmp_path: Path) -> None:
+    strange = tmp_path / "strange.gguf"
+    strange.write_bytes(model.read_bytes().replace(b"llama", b"lxama"))
+    with (
+        pytest.raises(ServerDiedError, match="unknown model architecture: 'lxama'") as caught,
+        Server(strange, n_threads=1),
+    ):
+        pass
+    assert caught.value.exit_code == 1
+
+
+@pytest.fixture
+def little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """llama-server with 400 MB of address space."""
+    if sys.platform != "linux":
+        pytest.skip("needs ulimit -v")
+    real = installation()
+    program = tmp_path / "bin" / "llama-server"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nulimit -v 400000\nexec "{real.program("llama-server")}" "$@"\n')
+    program.chmod(0o755)
+    record = {"bin": str(program.parent), "fingerprint": "f", "backend": real.backend, "commit": real.commit}
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    installation.cache_clear()
+    yield
+    installation.cache_clear()
+
+
+def test_running_out_of_memory_is_named_as_the_cause(little_memory: None, tmp_path: Path) -> None:
+    # 1 KiB of KV cache a token: 1 GiB.
+    wide = write_tiny_llama(tmp_path / "wide.gguf", n_ctx_train=1 << 20)
+    with (
+        pytest.raises(ServerOutOfMemoryError, match="memory ran out") as caught,
+        Server(wide, n_threads=1, n_ctx=1 << 20),
+    ):
+        pass
+    assert caught.value.exit_code == 5
+    assert "--ctx" in caught.value.fix
+
+
+def test_an_answer_comes_piece_by_piece_and_the_same_again(model: Path) -> None:
+    pieces: list[str] = []
+    first = ask(model, on_text=pieces.append)
+    assert first.text == "".join(pieces)
+    assert first.text
+    assert first.timings.predicted_n == 12
+    assert first.timings.prompt_n > 5, "the prompt is put into the model's template"
+    assert min(first.timings.prompt_per_second, first.timings.predicted_per_second) > 0
+    assert ask(model).text == first.text
+
+
+def test_the_system_prompt_is_part_of_the_question(model: Path) -> None:
+    assert ask(model, system="Be brief.").timings.prompt_n > ask(model).timings.prompt_n
+
+
+def test_a_model_without_a_template_is_given_plain_text(tmp_path: Path) -> None:
+    plain = write_tiny_llama(tmp_path / "plain.gguf", chat_template=None)
+    given = ask(plain, "xyz")
+    assert given.timings.prompt_n == 3
+    assert given.text
+
+
+def test_a_prompt_longer_than_the_context_is_refused(model: Path) -> None:
+    with pytest.raises(UsageError, match="does not fit the context"):
+        ask(model, "x" * 600)
+
+
+def test_a_server_killed_in_mid_answer_is_reported_with_its_cause(tmp_path: Path) -> None:
+    # Large enough that the answer is not over before its first piece is read.
+    slow = write_tiny_llama(tmp_path / "slow.gguf", n_embd=1024, n_ff=4096, n_block=4)
+
+    def kill(_: str) -> None:
+        for child in psutil.Process().children():
+            if child.name() == "llama-server":
+                os.kill(child.pid, signal.SIGKILL)
+
+    with pytest.raises(ServerOutOfMemoryError, match="SIGKILL"):
+        ask(slow, max_tokens=400, on_text=kill)
+
+
+def test_run_gives_one_json_object(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("piped text\n"))
+    assert main(["run", str(model), "-p", "look:", "-n", "5", "--temperature", "0", "--json"]) == 0
+    given = json.loads(capsys.readouterr().out)
+    assert given["text"] == ask(model, "look:\n\npiped text", max_tokens=5).text
+    assert given["reasoning"] == ""
+    assert given["timings"]["predicted_n"] == 5
+    assert given["placement"]["backend"] == installation().backend
+    assert given["model"] == str(model)
+
+
+def test_run_prints_the_answer_on_stdout_and_the_rest_on_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = write_tiny_llama(tmp_path / "plain.gguf", chat_template=None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("xyz"))
+    assert main(["run", str(plain), "-n", "8", "--temperature", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("\n")
+    assert "\x1b" not in out
+    assert "plain text" in err
+    assert "answer: 8 tokens" in err
+
+
+def test_doctor_finds_a_whole_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    # Room on the disk and in memory is this machine's affair.
+    broken = [check for check in report["checks"] if not check["ok"] and check["name"] not in ("disk", "memory")]
+    assert broken == []
+    assert report["llama_cpp"] == {"commit": installation().commit, "backend": installation().backend}
+    assert report["devices"][-1]["name"] == "CPU"
