@@ -28,7 +28,8 @@ CHECKS = (
     ("-m", "mypy"),
     # It has no module that runs as a program.
     ("-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"),
-    ("-m", "pytest"),
+    # Without the default choice of markers: everything.
+    ("-m", "pytest", "-m", ""),
 )
 
 

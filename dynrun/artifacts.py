@@ -221,6 +221,9 @@ def run_stage(folder: StageFolder, work: Callable[[StageFolder], Mapping[str, An
             return Outcome(folder.name, manifest["result"], manifest["elapsed_s"], cached=True)
         started = time.monotonic()
         with translated_os_errors(folder.path):
+            # Temporary files of a run that was killed: nobody else works here, we hold the lock.
+            for leftover in folder.path.glob(".*.part"):
+                leftover.unlink()
             result = work(folder)
             elapsed_s = time.monotonic() - started
             folder.commit(result, elapsed_s=elapsed_s)

@@ -33,8 +33,6 @@ def write_tiny_llama(
 ) -> Path:
     """Write an F16 model (norms and routers F32) with a byte-level vocabulary; the same arguments, the same bytes."""
     writer = GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_file_type(LlamaFileType.MOSTLY_F16)
     writer.add_block_count(n_block)
     writer.add_context_length(n_ctx_train)
     writer.add_embedding_length(n_embd)
@@ -54,6 +52,13 @@ def write_tiny_llama(
         shapes["output"] = (n_vocab, n_embd)
     for block in range(n_block):
         shapes |= {f"blk.{block}.{name}": shape for name, shape in _block(n_embd, n_kv, n_ff, n_expert).items()}
+    _write(writer, shapes, seed)
+    return path
+
+
+def _write(writer: GGUFWriter, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
+    writer.add_name("tiny")
+    writer.add_file_type(LlamaFileType.MOSTLY_F16)
     random = np.random.default_rng(seed)
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", _weight(random, name, shape))
@@ -61,7 +66,6 @@ def write_tiny_llama(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _block(n_embd: int, n_kv: int, n_ff: int, n_expert: int) -> dict[str, tuple[int, ...]]:

@@ -45,11 +45,6 @@ def allocate(
     scheme = choose(reference, imatrix, table.tensors, budget)
     path = out or Path(f"{reference.name}-{budget.label}.scheme.toml")
     write_scheme(scheme, path)
-    data = {
-        "path": str(path),
-        "budget_bytes": scheme.budget_bytes,
-        "size_bytes": scheme.size_bytes,
-        "predicted_kld": scheme.predicted_kld,
-        "types": dict(scheme.types),
-    }
+    sizes = {"budget_bytes": scheme.budget_bytes, "size_bytes": scheme.size_bytes}
+    data = {"path": str(path), **sizes, "predicted_kld": scheme.predicted_kld, "types": dict(scheme.types)}
     emit(as_json, data, lambda: print(f"{render(scheme)}\n{path}"))

@@ -94,7 +94,7 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(
     monkeypatch.setenv("DYNRUN_CACHE", str(tmp_path / "undisturbed"))
     assert dynrun(*arguments, tmp_path / "whole.gguf").exit_code == 0
     monkeypatch.setenv("DYNRUN_CACHE", str(tmp_path / "killed"))
-    chance = random.Random(2)
+    chance = random.Random(2)  # noqa: S311
     out = tmp_path / "killed.gguf"
     killed = sum(kill_at([*ARGV, *arguments, str(out)], chance.uniform(0.3, 6.0)) for _ in range(8))
     assert killed >= 2
