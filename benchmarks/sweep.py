@@ -73,13 +73,13 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--tensors", type=int, default=5)
     options = parser.parse_args()
-    settings = Settings(n_threads=load_config().n_threads)
+    settings = Settings(config=load_config())
     reference = open_reference(options.model)
     imatrix = imatrix_stage(reference, settings, Quiet())
     table = sensitivity_stage(reference, imatrix, settings, Quiet(), lambda _: None)
     names = list(quantizable(reference.header))
     chosen = names[len(names) // (2 * options.tensors) :: len(names) // options.tensors][: options.tensors]
-    seconds = by_files(reference, imatrix.path, chosen, settings.n_threads)
+    seconds = by_files(reference, imatrix.path, chosen, settings.config.n_threads)
     extrapolated = sum(seconds) / len(seconds) * len(names)
     result = {
         "tensors": len(names),

@@ -23,6 +23,7 @@ from dynrun.calibration.stage import (
     imatrix_folder,
     make_imatrix,
 )
+from dynrun.config import Config
 from dynrun.errors import UsageError
 from dynrun.evaluation.kld import Row, evaluate, is_measured
 from dynrun.evaluation.texts import conversation_parts
@@ -75,7 +76,7 @@ class Settings:
     menu: tuple[str, ...] = DEFAULT_MENU
     eval_tokens: int = 16384
     eval_n_ctx: int = 512
-    n_threads: int = 1
+    config: Config = field(default_factory=Config)
 
 
 class Reporter(Protocol):
@@ -132,7 +133,7 @@ def imatrix_stage(reference: Reference, settings: Settings, reporter: Reporter) 
     """The imatrix for ``reference``."""
     reporter.stage("imatrix", f"{settings.imatrix.n_tokens:,} tokens of {settings.calibration}")
     dataset = dataset_named(settings.calibration)
-    return make_imatrix(reference, dataset, settings.imatrix, n_threads=settings.n_threads, progress=reporter.progress)
+    return make_imatrix(reference, dataset, settings.imatrix, config=settings.config, progress=reporter.progress)
 
 
 def sensitivity_stage(
@@ -155,7 +156,7 @@ def sensitivity_stage(
         dataset_named(settings.calibration),
         settings.probes,
         settings.menu,
-        n_threads=settings.n_threads,
+        config=settings.config,
         on_probe=on_probe,
         on_error=lambda done, total: reporter.progress(done, total, "errors of all types"),
     )
@@ -180,10 +181,7 @@ def make(
     reporter.stage("allocation", f"{budget.size_bytes:,} bytes")
     scheme = allocate(reference, imatrix, table.tensors, budget)
     allocated = Outcome("allocation", {}, time.monotonic() - begun, cached=False)
-    reporter.stage("quantize", f"{scheme.size_bytes:,} bytes")
-    ours = make_from_scheme(reference, scheme, imatrix, n_threads=settings.n_threads, on_tensor=reporter.progress)
-    reporter.stage("stock preset", f"{preset.ftype}, {preset.size_bytes:,} bytes")
-    stock = make_stock(reference, preset, imatrix, n_threads=settings.n_threads, on_tensor=reporter.progress)
+    ours, stock = _both_files(reference, scheme, preset, imatrix, settings, reporter)
     rows, evaluated = _evaluate(reference, [ours.path, stock.path], settings, reporter)
     file = publish(ours, out or made_path(reference.name, budget.label))
     scheme_path = file.with_suffix(".scheme.toml")
@@ -201,6 +199,24 @@ def make(
         stages=(imatrix.outcome, table.outcome, allocated, ours.outcome, stock.outcome, evaluated),
         elapsed_s=time.monotonic() - started,
     )
+
+
+def _both_files(
+    reference: Reference,
+    scheme: Scheme,
+    preset: Preset,
+    imatrix: ImatrixStage,
+    settings: Settings,
+    reporter: Reporter,
+) -> tuple[Quantized, Quantized]:
+    """The scheme's file and the stock preset's."""
+    reporter.stage("quantize", f"{scheme.size_bytes:,} bytes")
+    ours = make_from_scheme(
+        reference, scheme, imatrix, n_threads=settings.config.n_threads, on_tensor=reporter.progress
+    )
+    reporter.stage("stock preset", f"{preset.ftype}, {preset.size_bytes:,} bytes")
+    stock = make_stock(reference, preset, imatrix, n_threads=settings.config.n_threads, on_tensor=reporter.progress)
+    return ours, stock
 
 
 def check_budget(reference: Reference, imatrix: ImatrixStage, budget: Budget, settings: Settings) -> None:
@@ -227,7 +243,14 @@ def _evaluate(
     with Engine.open(reference.path, n_ctx=16, n_threads=1, n_gpu_layers=0) as engine:
         parts = conversation_parts(engine, dataset=dataset, max_tokens=settings.eval_tokens, n_ctx=settings.eval_n_ctx)
     known = all(is_measured(reference.path, file, parts) for file in files)
-    rows = evaluate(reference.path, files, parts, n_threads=settings.n_threads, progress=reporter.progress)
+    rows = evaluate(
+        reference.path,
+        files,
+        parts,
+        n_threads=settings.config.n_threads,
+        n_gpu_layers=settings.config.n_gpu_layers,
+        progress=reporter.progress,
+    )
     return rows, Outcome("evaluation", {}, time.monotonic() - started, cached=known)
 
 
@@ -265,7 +288,7 @@ def plan(model: str, target: Target, settings: Settings) -> list[PlannedStage]:
     dataset = dataset_named(settings.calibration)
     folder = imatrix_folder(reference, dataset, settings.imatrix)
     known = (
-        make_imatrix(reference, dataset, settings.imatrix, n_threads=1, progress=lambda *_: None)
+        make_imatrix(reference, dataset, settings.imatrix, config=settings.config, progress=lambda *_: None)
         if folder.complete
         else None
     )
@@ -290,8 +313,10 @@ def plan(model: str, target: Target, settings: Settings) -> list[PlannedStage]:
         ),
         PlannedStage("sensitivity", probed, f"{probes.n_coarse_tokens:,} + {probes.n_fine_tokens:,} tokens a tensor"),
         PlannedStage("allocation", False, size),
-        PlannedStage("quantize", False, size, shlex.join([*ours, nearest_ftype(label), str(settings.n_threads)])),
-        PlannedStage("stock preset", False, ftype, shlex.join([*stock, str(settings.n_threads)])),
+        PlannedStage(
+            "quantize", False, size, shlex.join([*ours, nearest_ftype(label), str(settings.config.n_threads)])
+        ),
+        PlannedStage("stock preset", False, ftype, shlex.join([*stock, str(settings.config.n_threads)])),
         PlannedStage("evaluation", False, f"{settings.eval_tokens:,} tokens of the test split, reference and 2 files"),
         PlannedStage("result", False, str(made_path(reference.name, label or "?"))),
     ]

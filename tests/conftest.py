@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,15 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     for name in _SCRUBBED:
         monkeypatch.delenv(name, raising=False)
     return home / "cache"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def closed_bindings() -> Iterator[None]:
+    """llama-cpp-python opens /dev/null at import and never closes it: a ResourceWarning after pytest's last line."""
+    yield
+    if utils := sys.modules.get("llama_cpp._utils"):
+        utils.outnull_file.close()
+        utils.errnull_file.close()
 
 
 def _ensure(name: str) -> Path:

@@ -11,6 +11,7 @@ from dynrun.artifacts import Outcome, StageFolder, run_stage, sha256_file, stage
 from dynrun.calibration.dataset import Dataset, builtin
 from dynrun.calibration.imatrix import collect, write_imatrix
 from dynrun.calibration.sequences import sequences
+from dynrun.config import Config
 from dynrun.errors import UsageError
 from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.engine import Engine
@@ -64,12 +65,14 @@ def imatrix_folder(reference: Reference, dataset: Dataset, settings: ImatrixSett
 
 
 def make_imatrix(
-    reference: Reference, dataset: Dataset, settings: ImatrixSettings, *, n_threads: int, progress: Progress
+    reference: Reference, dataset: Dataset, settings: ImatrixSettings, *, config: Config, progress: Progress
 ) -> ImatrixStage:
     """Collect the imatrix on the calibration split, or find it."""
 
     def work(folder: StageFolder) -> Mapping[str, Any]:
-        with Engine.open(reference.path, n_ctx=settings.n_ctx, n_threads=n_threads) as engine:
+        with Engine.open(
+            reference.path, n_ctx=settings.n_ctx, n_threads=config.n_threads, n_gpu_layers=config.n_gpu_layers
+        ) as engine:
             parts = sequences(engine, dataset, "calibration", max_tokens=settings.n_tokens, n_ctx=settings.n_ctx)
             total = sum(len(part.tokens) for part in parts)
             imatrix = collect(engine, [part.tokens for part in parts], lambda done: progress(done, total, "tokens"))

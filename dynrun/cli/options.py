@@ -66,5 +66,5 @@ def settings(
         imatrix=imatrix,
         probes=probes,
         eval_tokens=eval_tokens or default.eval_tokens,
-        n_threads=load_config().n_threads,
+        config=load_config(),
     )

@@ -40,7 +40,7 @@ def quantize(
     reporter = StageReporter()
     imatrix = imatrix_stage(reference, settings, reporter)
     reporter.stage("quantize", str(scheme))
-    made = make_from_scheme(reference, read, imatrix, n_threads=settings.n_threads, on_tensor=reporter.progress)
+    made = make_from_scheme(reference, read, imatrix, n_threads=settings.config.n_threads, on_tensor=reporter.progress)
     path = publish(made, out or made_path(reference.name, read.label))
     data = {"path": str(path), "size_bytes": made.size_bytes, "types": dict(made.types)}
     emit(as_json, data, lambda: print(f"{path}  {megabytes(made.size_bytes)}"))

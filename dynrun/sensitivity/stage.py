@@ -13,6 +13,7 @@ from dynrun.calibration.dataset import Dataset
 from dynrun.calibration.imatrix import Imatrix, read_imatrix
 from dynrun.calibration.sequences import sequences
 from dynrun.calibration.stage import ImatrixStage
+from dynrun.config import Config
 from dynrun.gguf.header import TensorInfo
 from dynrun.gguf.quantizable import candidate_types, is_mtp, quantizable
 from dynrun.gguf.weights import WeightFile
@@ -89,7 +90,7 @@ def measure_sensitivity(
     settings: ProbeSettings,
     menu: tuple[str, ...],
     *,
-    n_threads: int,
+    config: Config,
     on_probe: Callable[[ProbeDone], None],
     on_error: Callable[[int, int], None],
 ) -> SensitivityStage:
@@ -98,10 +99,10 @@ def measure_sensitivity(
 
     def work(folder: StageFolder) -> Mapping[str, Any]:
         entries = read_imatrix(imatrix.path)
-        quantizer = Quantizer(WeightFile(reference.path), entries, n_threads)
+        quantizer = Quantizer(WeightFile(reference.path), entries, config.n_threads)
         errors = _all_errors(reference, quantizer, entries, settings, menu, folder / _ERRORS_FILE, on_error)
         log = ProbeLog(folder / _PROBES_FILE)
-        slopes = _all_slopes(reference, quantizer, dataset, settings, log, n_threads, on_probe)
+        slopes = _all_slopes(reference, quantizer, dataset, settings, log, config, on_probe)
         table = {
             name: {"slope": [s.coarse, s.fine] if (s := slopes.get(name)) else None, "errors": errors[name]}
             for name in errors
@@ -131,10 +132,12 @@ def _all_slopes(
     dataset: Dataset,
     settings: ProbeSettings,
     log: ProbeLog,
-    n_threads: int,
+    config: Config,
     on_probe: Callable[[ProbeDone], None],
 ) -> dict[str, Slope]:
-    with Engine.open(reference.path, n_ctx=settings.n_ctx, n_threads=n_threads) as engine:
+    with Engine.open(
+        reference.path, n_ctx=settings.n_ctx, n_threads=config.n_threads, n_gpu_layers=config.n_gpu_layers
+    ) as engine:
         parts = sequences(engine, dataset, "probe", max_tokens=settings.n_coarse_tokens, n_ctx=settings.n_ctx)
         n_fine, tokens = 0, 0
         while n_fine < len(parts) and tokens < settings.n_fine_tokens:
