@@ -78,7 +78,8 @@ def main() -> None:
     imatrix = imatrix_stage(reference, settings, Quiet())
     table = sensitivity_stage(reference, imatrix, settings, Quiet(), lambda _: None)
     names = list(quantizable(reference.header))
-    chosen = names[len(names) // (2 * options.tensors) :: len(names) // options.tensors][: options.tensors]
+    # Spread over the model, and over the kinds: a plain stride may meet only one of them.
+    chosen = [names[i * (len(names) - 1) // max(1, options.tensors - 1)] for i in range(options.tensors)]
     seconds = by_files(reference, imatrix.path, chosen, settings.config.n_threads)
     extrapolated = sum(seconds) / len(seconds) * len(names)
     result = {
