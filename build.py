@@ -38,7 +38,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.last = self.shown = 0.0
+        self.last = 0.0
         self.live = sys.stdout.isatty()
         self.kind = ""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dynrun.cli import options
-from dynrun.cli.output import say
+from dynrun.cli.output import emit
 
 _PROMPT = "Explain in two sentences why the sky is blue."
 
@@ -15,28 +17,40 @@ _PROMPT = "Explain in two sentences why the sky is blue."
 def demo(
     quant: Annotated[str, typer.Option("--quant", help="The size of this stock preset.")] = "Q3_K_M",
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="What to ask the new file.")] = _PROMPT,
+    as_json: options.AsJson = False,
 ) -> None:
     """Make, prove and run a quant of the built-in model (SmolLM2-135M-Instruct).
 
     Example: dynrun demo --quant Q2_K
     """
-    from dynrun.cli.make import run_make, show
+    from dynrun.cli.make import run_make, show, to_json
+
+    made = run_make("demo", options.target(quant, None, None), options.settings("builtin", None, None, None, None))
+    if as_json:
+        text = _ask(made.file, prompt, lambda _: None)
+        emit(as_json, {**to_json(made), "prompt": prompt, "text": text}, lambda: None)
+        return
+    show(made)
+    print(f"\n> {prompt}\n")
+    _ask(made.file, prompt, lambda text: print(text, end="", flush=True))
+    print()
+
+
+def _ask(file: Path, prompt: str, on_text: Callable[[str], None]) -> str:
+    """The greedy answer of ``file``."""
     from dynrun.config import load_config
     from dynrun.runtime.chat import answer
 
-    made = run_make("demo", options.target(quant, None, None), options.settings("builtin", None, None, None, None))
-    show(made)
-    say("")
-    print(f"\n> {prompt}\n")
-    answer(
-        made.file,
-        prompt,
+    config = load_config()
+    said = answer(
+        *(file, prompt),
         system=None,
         max_tokens=160,
         temperature=0.0,
         seed=1,
-        n_threads=load_config().n_threads,
+        n_threads=config.n_threads,
+        n_gpu_layers=config.n_gpu_layers,
         n_ctx=2048,
-        on_text=lambda text: print(text, end="", flush=True),
+        on_text=on_text,
     )
-    print()
+    return said.text
