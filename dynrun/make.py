@@ -15,6 +15,7 @@ from typing import Protocol
 
 from dynrun.allocation.stage import Budget, allocate
 from dynrun.artifacts import Outcome, atomic_path, translated_os_errors
+from dynrun.calibration.imatrix import read_imatrix
 from dynrun.calibration.stage import (
     IMATRIX_FILE,
     ImatrixSettings,
@@ -27,6 +28,7 @@ from dynrun.config import Config
 from dynrun.errors import UsageError
 from dynrun.evaluation.kld import Row, evaluate, is_measured
 from dynrun.evaluation.texts import conversation_parts
+from dynrun.gguf.quantizable import candidate_types, quantizable
 from dynrun.gguf.tensor_types import DEFAULT_MENU
 from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.engine import Engine
@@ -43,7 +45,13 @@ from dynrun.quantize import (
     stock_preset,
 )
 from dynrun.scheme import Scheme, write_scheme
-from dynrun.sensitivity.stage import ProbeSettings, SensitivityStage, measure_sensitivity, sensitivity_folder
+from dynrun.sensitivity.stage import (
+    ProbeSettings,
+    SensitivityStage,
+    TensorSensitivity,
+    measure_sensitivity,
+    sensitivity_folder,
+)
 from dynrun.sensitivity.sweep import Progress as ProbeDone
 
 # Over the stock preset of the same bits, as Unsloth's files of these names are.
@@ -221,10 +229,6 @@ def _both_files(
 
 def check_budget(reference: Reference, imatrix: ImatrixStage, budget: Budget, settings: Settings) -> None:
     """Raise DoesNotFitError now rather than after the probes, where no scheme can meet the budget."""
-    from dynrun.calibration.imatrix import read_imatrix
-    from dynrun.gguf.quantizable import candidate_types, quantizable
-    from dynrun.sensitivity.stage import TensorSensitivity
-
     entries = read_imatrix(imatrix.path).sums
     metadata = reference.header.metadata
     free = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -101,6 +101,3 @@ def _weighted(original: Rows, quantized: Rows, importance: Rows) -> tuple[float,
 def _ratio(sums: Iterable[tuple[float, float]]) -> float:
     lost, whole = np.sum(list(sums), axis=0)
     return float(lost / whole) if whole > 0 else 0.0
-
-
-Progress = Callable[[str], None]
