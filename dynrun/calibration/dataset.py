@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
 
 from dynrun.artifacts import sha256_bytes
+from dynrun.calibration.conversation import Conversation
 
 Split = Literal["calibration", "probe", "test"]
 SPLITS: tuple[Split, ...] = ("calibration", "probe", "test")
@@ -29,17 +30,6 @@ _PATTERN: tuple[Split, ...] = (
     "test",
     "calibration",
 )
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """``messages`` as chat templates take them; ``tools`` are OpenAI-style function schemas."""
-
-    id: str
-    kind: str
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] = field(default_factory=list)
-    language: str = "en"
 
 
 @dataclass(frozen=True)
@@ -67,6 +57,8 @@ def _conversation(record: dict[str, Any]) -> Conversation:
         messages=record["messages"],
         tools=record.get("tools", []),
         language=record.get("language", "en"),
+        document=record.get("document", ""),
+        thinking=record.get("thinking"),
     )
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynrun.artifacts import key_of
-from dynrun.calibration.dataset import Conversation, Dataset, Split, split
+from dynrun.calibration.conversation import Conversation
+from dynrun.calibration.dataset import Dataset, Split, split
 from dynrun.calibration.template import ChatTemplate
 from dynrun.llamacpp.engine import Engine
 

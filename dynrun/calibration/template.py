@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dynrun.calibration.dataset import Conversation
+from dynrun.calibration.conversation import Conversation
 from dynrun.errors import DynrunError
 
 # Templates that print the date must give the same text every day, or no cached stage would ever be found again.

@@ -9,7 +9,8 @@ from importlib.resources import files
 
 import pytest
 
-from dynrun.calibration.dataset import SPLITS, Conversation, builtin, split
+from dynrun.calibration.conversation import Conversation
+from dynrun.calibration.dataset import SPLITS, builtin, split
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynrun.calibration.dataset import Conversation
+from dynrun.calibration.conversation import Conversation
 from dynrun.calibration.template import ChatTemplate
 from dynrun.errors import DynrunError
 
