@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from dynrun.calibration.dataset import builtin, split
+from dynrun.calibration.dataset import builtin
+from dynrun.calibration.splits import split
 from dynrun.config import load_config
 from dynrun.gguf.quantizable import quantizable
 from dynrun.llamacpp import tools

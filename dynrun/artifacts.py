@@ -82,6 +82,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """``source`` under the name ``target`` too, replacing what is there: a hard link where the disk allows it."""
+    with translated_os_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            temporary.hardlink_to(source)
+            temporary.replace(target)
+        except OSError:
+            with atomic_path(target) as copy:
+                shutil.copyfile(source, copy)
+        finally:
+            # Renaming onto another link of the same file does nothing.
+            temporary.unlink(missing_ok=True)
+
+
 def sha256_bytes(data: bytes) -> str:
     """Hex SHA-256 of ``data``."""
     return hashlib.sha256(data).hexdigest()

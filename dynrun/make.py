@@ -5,7 +5,6 @@ Each stage is found or made under its content address; this module only puts the
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -13,72 +12,46 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from dynrun.allocation.stage import Budget, allocate
-from dynrun.artifacts import Outcome, atomic_path, translated_os_errors
-from dynrun.calibration.imatrix import read_imatrix
+from dynrun.allocation.stage import allocate
+from dynrun.artifacts import Outcome, link_or_copy
+from dynrun.calibration.experts import is_expert
+from dynrun.calibration.mixture import SELF_NAME, parse_mixture
+from dynrun.calibration.sequences import TokenSequence
 from dynrun.calibration.stage import (
     IMATRIX_FILE,
     ImatrixSettings,
     ImatrixStage,
-    dataset_named,
-    imatrix_folder,
+    Job,
+    import_imatrix,
     make_imatrix,
 )
+from dynrun.calibration.text import Pool, open_text
 from dynrun.config import Config
-from dynrun.errors import UsageError
 from dynrun.evaluation.kld import Row, evaluate, is_measured
-from dynrun.evaluation.texts import conversation_parts
-from dynrun.gguf.quantizable import candidate_types, quantizable
+from dynrun.evaluation.texts import scored
 from dynrun.gguf.tensor_types import DEFAULT_MENU
 from dynrun.llamacpp.build import installation
-from dynrun.llamacpp.engine import Engine
 from dynrun.metrics.intervals import Ratio
 from dynrun.models import Reference, made_path, open_reference
-from dynrun.quantize import (
-    STOCK_PRESETS,
-    Preset,
-    Quantized,
-    fixed_bytes,
-    make_from_scheme,
-    make_stock,
-    nearest_ftype,
-    stock_preset,
-)
+from dynrun.quantize import Preset, Quantized, make_from_scheme, make_stock, nearest_ftype
 from dynrun.scheme import Scheme, write_scheme
-from dynrun.sensitivity.stage import (
-    ProbeSettings,
-    SensitivityStage,
-    TensorSensitivity,
-    measure_sensitivity,
-    sensitivity_folder,
-)
+from dynrun.scoring.reference import Scored
+from dynrun.sensitivity.stage import ProbeSettings, SensitivityStage, measure_sensitivity, sensitivity_folder
 from dynrun.sensitivity.sweep import Progress as ProbeDone
-
-# Over the stock preset of the same bits, as Unsloth's files of these names are.
-XL_LABELS = {"Q2_K_XL": ("Q2_K", 1.017), "Q3_K_XL": ("Q3_K_M", 1.020), "Q4_K_XL": ("Q4_K_M", 1.015)}
-
-
-@dataclass(frozen=True)
-class Target:
-    """The wanted size, one of: a label, bits per weight over all tensors, bytes of the whole file."""
-
-    quant: str | None = None
-    bpw: float | None = None
-    size_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        given = [value for value in (self.quant, self.bpw, self.size_bytes) if value is not None]
-        if len(given) != 1:
-            raise UsageError("say how large the file may be", fix="exactly one of --quant, --bpw and --size")
-        if self.bpw is not None and self.bpw <= 0:
-            raise UsageError(f"{self.bpw} bits per weight make no file", fix="give a positive --bpw")
+from dynrun.target import XL_LABELS, Target, budget_for, check_budget
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How `make` measures; the defaults are what the README's numbers were made with."""
+    """How `make` measures; the defaults are what the README's numbers were made with.
+
+    ``calibration`` is a mixture; ``chat_template`` a file in the place of the model's own; ``imatrix_files``
+    somebody's, merged, in the place of an imatrix collected here.
+    """
 
     calibration: str = "builtin"
+    chat_template: Path | None = None
+    imatrix_files: tuple[Path, ...] = ()
     imatrix: ImatrixSettings = field(default_factory=ImatrixSettings)
     probes: ProbeSettings = field(default_factory=ProbeSettings)
     menu: tuple[str, ...] = DEFAULT_MENU
@@ -111,41 +84,60 @@ class Made:
     elapsed_s: float
 
 
-def budget_for(reference: Reference, imatrix: ImatrixStage, target: Target) -> tuple[Budget, Preset]:
-    """The budget, and the stock preset to compare with: the label's own, or the largest that is no larger."""
-    if target.quant is not None:
-        ftype, factor = XL_LABELS.get(target.quant, (target.quant, 1.0))
-        if ftype not in STOCK_PRESETS:
-            raise UsageError(f"no quant {target.quant!r}", fix=f"one of {', '.join((*STOCK_PRESETS, *XL_LABELS))}")
-        preset = stock_preset(reference, ftype, imatrix)
-        label, size = target.quant, int(preset.size_bytes * factor)
-    else:
-        size = target.size_bytes or int((target.bpw or 0) * reference.header.n_elements / 8)
-        label = f"{size * 8 / reference.header.n_elements:.2f}bpw"
-        preset = nearest_preset(reference, imatrix, size)
-    return Budget(label, size, fixed_bytes(reference, imatrix, label)), preset
+@dataclass(frozen=True)
+class Texts:
+    """All the text of one run, tokenized: to calibrate on, to probe on, to prove on. ``name`` is the mixture's."""
+
+    name: str
+    template: str
+    pool: Pool
+    probe: tuple[TokenSequence, ...]
+    test: tuple[Scored, ...]
 
 
-def nearest_preset(reference: Reference, imatrix: ImatrixStage, size_bytes: int) -> Preset:
-    """The largest stock preset of at most ``size_bytes``; the smallest of all where none is."""
-    presets = [stock_preset(reference, name, imatrix) for name in STOCK_PRESETS if name not in _SPECIAL]
-    fitting = [preset for preset in presets if preset.size_bytes <= size_bytes]
-    return max(fitting, key=lambda p: p.size_bytes) if fitting else min(presets, key=lambda p: p.size_bytes)
+def read_texts(reference: Reference, settings: Settings, reporter: Reporter) -> Texts:
+    """Open the sources; models with experts get more to draw from, as rare experts may need it."""
+    wanted = settings.imatrix
+    n_tokens = wanted.cap if any(is_expert(name) for name in reference.header.tensors) else wanted.n_tokens
+    reporter.stage("text", settings.calibration)
+    with open_text(
+        reference,
+        settings.calibration,
+        n_tokens=wanted.n_tokens,
+        config=settings.config,
+        chat_template=settings.chat_template,
+        progress=reporter.progress,
+    ) as text:
+        pool = text.calibration(n_tokens=n_tokens, n_ctx=wanted.n_ctx)
+        for note in pool.notes:
+            reporter.stage("text", note)
+        probe = text.probe(n_tokens=settings.probes.n_coarse_tokens, n_ctx=settings.probes.n_ctx)
+        test = scored(text.test(n_tokens=settings.eval_tokens, n_ctx=settings.eval_n_ctx))
+        return Texts(text.name, text.template.origin, pool, tuple(probe), tuple(test))
 
 
-# Presets for models that were trained for them.
-_SPECIAL = frozenset({"TQ1_0", "TQ2_0", "MXFP4_MOE", "NVFP4", "Q1_0", "Q2_0"})
+def job_for(reference: Reference, texts: Texts, settings: Settings, reporter: Reporter) -> Job:
+    """What the statistics are collected on."""
+    sequences = texts.pool.sequences
+    return Job(reference, sequences, settings.imatrix, texts.name, texts.template, settings.config, reporter.progress)
 
 
-def imatrix_stage(reference: Reference, settings: Settings, reporter: Reporter) -> ImatrixStage:
+def imatrix_stage(reference: Reference, texts: Texts, settings: Settings, reporter: Reporter) -> ImatrixStage:
     """The imatrix for ``reference``."""
-    reporter.stage("imatrix", f"{settings.imatrix.n_tokens:,} tokens of {settings.calibration}")
-    dataset = dataset_named(settings.calibration)
-    return make_imatrix(reference, dataset, settings.imatrix, config=settings.config, progress=reporter.progress)
+    if files := settings.imatrix_files:
+        reporter.stage("imatrix", f"imported from {', '.join(map(str, files))}")
+        return import_imatrix(reference, files, min_expert_tokens=settings.imatrix.min_expert_tokens)
+    reporter.stage("imatrix", f"{settings.imatrix.n_tokens:,} tokens of {texts.name}")
+    return make_imatrix(job_for(reference, texts, settings, reporter))
 
 
 def sensitivity_stage(
-    reference: Reference, imatrix: ImatrixStage, settings: Settings, reporter: Reporter, log: Callable[[str], None]
+    reference: Reference,
+    imatrix: ImatrixStage,
+    texts: Texts,
+    settings: Settings,
+    reporter: Reporter,
+    log: Callable[[str], None],
 ) -> SensitivityStage:
     """The sensitivity table for ``reference``; a line for each probe goes to ``log``."""
 
@@ -161,7 +153,7 @@ def sensitivity_stage(
     return measure_sensitivity(
         reference,
         imatrix,
-        dataset_named(settings.calibration),
+        texts.probe,
         settings.probes,
         settings.menu,
         config=settings.config,
@@ -181,17 +173,19 @@ def make(
     """Make the best file of the wanted size, and prove it."""
     started = time.monotonic()
     reference = open_reference(model)
-    imatrix = imatrix_stage(reference, settings, reporter)
+    texts = read_texts(reference, settings, reporter)
+    imatrix = imatrix_stage(reference, texts, settings, reporter)
     budget, preset = budget_for(reference, imatrix, target)
-    check_budget(reference, imatrix, budget, settings)
-    table = sensitivity_stage(reference, imatrix, settings, reporter, log)
+    check_budget(reference, imatrix, budget, settings.menu)
+    table = sensitivity_stage(reference, imatrix, texts, settings, reporter, log)
     begun = time.monotonic()
     reporter.stage("allocation", f"{budget.size_bytes:,} bytes")
     scheme = allocate(reference, imatrix, table.tensors, budget)
     allocated = Outcome("allocation", {}, time.monotonic() - begun, cached=False)
     ours, stock = _both_files(reference, scheme, preset, imatrix, settings, reporter)
-    rows, evaluated = _evaluate(reference, [ours.path, stock.path], settings, reporter)
-    file = publish(ours, out or made_path(reference.name, budget.label))
+    rows, evaluated = _evaluate(reference, [ours.path, stock.path], texts, settings, reporter)
+    file = out or made_path(reference.name, budget.label)
+    link_or_copy(ours.path, file)
     scheme_path = file.with_suffix(".scheme.toml")
     write_scheme(scheme, scheme_path)
     return Made(
@@ -227,53 +221,21 @@ def _both_files(
     return ours, stock
 
 
-def check_budget(reference: Reference, imatrix: ImatrixStage, budget: Budget, settings: Settings) -> None:
-    """Raise DoesNotFitError now rather than after the probes, where no scheme can meet the budget."""
-    entries = read_imatrix(imatrix.path).sums
-    metadata = reference.header.metadata
-    free = {
-        name: TensorSensitivity(None, dict.fromkeys(candidate_types(tensor, settings.menu, entries, metadata), 0.0))
-        for name, tensor in quantizable(reference.header).items()
-    }
-    allocate(reference, imatrix, free, budget)
-
-
 def _evaluate(
-    reference: Reference, files: Sequence[Path], settings: Settings, reporter: Reporter
+    reference: Reference, files: Sequence[Path], texts: Texts, settings: Settings, reporter: Reporter
 ) -> tuple[list[Row], Outcome]:
     started = time.monotonic()
     reporter.stage("evaluation", f"{settings.eval_tokens:,} tokens of the test split")
-    dataset = dataset_named(settings.calibration)
-    with Engine.open(reference.path, n_ctx=16, n_threads=1, n_gpu_layers=0) as engine:
-        parts = conversation_parts(engine, dataset=dataset, max_tokens=settings.eval_tokens, n_ctx=settings.eval_n_ctx)
-    known = all(is_measured(reference.path, file, parts) for file in files)
+    known = all(is_measured(reference.path, file, texts.test) for file in files)
     rows = evaluate(
         reference.path,
         files,
-        parts,
+        texts.test,
         n_threads=settings.config.n_threads,
         n_gpu_layers=settings.config.n_gpu_layers,
         progress=reporter.progress,
     )
     return rows, Outcome("evaluation", {}, time.monotonic() - started, cached=known)
-
-
-def publish(made: Quantized, target: Path) -> Path:
-    """The made file under the name that people see; a hard link where the disk allows it."""
-    with translated_os_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.link")
-        try:
-            temporary.hardlink_to(made.path)
-            temporary.replace(target)
-            # Renaming onto another link of the same file does nothing.
-            temporary.unlink(missing_ok=True)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            with atomic_path(target) as copy, made.path.open("rb") as source, copy.open("wb") as sink:
-                while block := source.read(1 << 22):
-                    sink.write(block)
-    return target
 
 
 @dataclass(frozen=True)
@@ -289,22 +251,15 @@ class PlannedStage:
 def plan(model: str, target: Target, settings: Settings) -> list[PlannedStage]:
     """What :func:`make` would do: stages, sizes and commands. Sizes of a label need the imatrix to be there."""
     reference = open_reference(model)
-    dataset = dataset_named(settings.calibration)
-    folder = imatrix_folder(reference, dataset, settings.imatrix)
-    known = (
-        make_imatrix(reference, dataset, settings.imatrix, config=settings.config, progress=lambda *_: None)
-        if folder.complete
-        else None
-    )
-    size = "known once the imatrix is there"
-    label = target.quant or ""
+    size, label = "known once the imatrix is there", target.quant or ""
     ftype = XL_LABELS.get(label, (label, 1.0))[0]
-    probed = False
+    known, probed = _known_imatrix(reference, settings), False
     if known is not None:
-        budget, preset = budget_for(reference, known, target)
-        check_budget(reference, known, budget, settings)
+        imatrix, texts = known
+        budget, preset = budget_for(reference, imatrix, target)
+        check_budget(reference, imatrix, budget, settings.menu)
         size, label, ftype = f"{budget.size_bytes:,} bytes", budget.label, preset.ftype
-        probed = sensitivity_folder(reference, known, dataset, settings.probes, settings.menu).complete
+        probed = sensitivity_folder(reference, imatrix, texts.probe, settings.probes, settings.menu).complete
     program = str(installation().program("llama-quantize"))
     source = str(reference.path)
     ours = [program, "--imatrix", IMATRIX_FILE, "--tensor-type-file", "tensor-types.txt", source, "model.gguf"]
@@ -313,7 +268,7 @@ def plan(model: str, target: Target, settings: Settings) -> list[PlannedStage]:
     return [
         PlannedStage("reference", True, f"{source}, {reference.header.file_bytes:,} bytes"),
         PlannedStage(
-            "imatrix", folder.complete, f"{settings.imatrix.n_tokens:,} tokens, n_ctx {settings.imatrix.n_ctx}"
+            "imatrix", known is not None, f"{settings.imatrix.n_tokens:,} tokens, n_ctx {settings.imatrix.n_ctx}"
         ),
         PlannedStage("sensitivity", probed, f"{probes.n_coarse_tokens:,} + {probes.n_fine_tokens:,} tokens a tensor"),
         PlannedStage("allocation", False, size),
@@ -324,3 +279,21 @@ def plan(model: str, target: Target, settings: Settings) -> list[PlannedStage]:
         PlannedStage("evaluation", False, f"{settings.eval_tokens:,} tokens of the test split, reference and 2 files"),
         PlannedStage("result", False, str(made_path(reference.name, label or "?"))),
     ]
+
+
+def _known_imatrix(reference: Reference, settings: Settings) -> tuple[ImatrixStage, Texts] | None:
+    """The imatrix if it has been collected; nothing is generated or collected to find out."""
+    if SELF_NAME in (one.spec for one in parse_mixture(settings.calibration)):
+        return None
+    texts = read_texts(reference, settings, _Silent())
+    if not settings.imatrix_files and not job_for(reference, texts, settings, _Silent()).folder("imatrix").complete:
+        return None
+    return imatrix_stage(reference, texts, settings, _Silent()), texts
+
+
+class _Silent:
+    def stage(self, name: str, detail: str) -> None:
+        pass
+
+    def progress(self, done: float, total: float, note: str = "") -> None:
+        pass

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dynrun import __version__
-from dynrun.artifacts import Outcome, StageFolder, run_stage, sha256_file, stage_folder
+from dynrun.artifacts import Outcome, StageFolder, link_or_copy, run_stage, sha256_file, stage_folder
 from dynrun.calibration.stage import IMATRIX_FILE, ImatrixStage
 from dynrun.errors import DynrunError, UsageError
 from dynrun.gguf.header import Header, read_header
@@ -91,7 +91,7 @@ def make_stock(
     """The stock preset's file, with the imatrix, or find it."""
 
     def work(folder: StageFolder) -> Mapping[str, Any]:
-        _link(imatrix.path, folder / IMATRIX_FILE)
+        link_or_copy(imatrix.path, folder / IMATRIX_FILE)
         _run(reference, folder, preset.ftype, imatrix, n_threads, on_tensor)
         _prove(folder / MODEL_FILE, reference.header, preset.types, preset.size_bytes)
         return {"sha256": sha256_file(folder / MODEL_FILE)}
@@ -115,7 +115,7 @@ def make_from_scheme(
     size = scheme_bytes(reference, scheme, imatrix)
 
     def work(folder: StageFolder) -> Mapping[str, Any]:
-        _link(imatrix.path, folder / IMATRIX_FILE)
+        link_or_copy(imatrix.path, folder / IMATRIX_FILE)
         (folder / _SCHEME_FILE).write_text(render(scheme), encoding="utf-8")
         tools.write_tensor_types(scheme.types, folder / _TYPES_FILE)
         strings = scheme_metadata(sha256(scheme), imatrix.sha256, scheme.label)
@@ -156,14 +156,6 @@ def _common_inputs(reference: Reference, imatrix: ImatrixStage) -> dict[str, Any
         "llama_cpp": installation().commit,
         "dynrun": __version__,
     }
-
-
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        target.write_bytes(source.read_bytes())
 
 
 def _run(

@@ -1,77 +1,61 @@
-"""The shipped conversations (written for this project, CC0) and their split in three.
+"""Sources of calibration text: what all of them are, and the shipped one (written for this project, CC0).
 
-A split is by conversation and stratified by kind, so that no text is in two of them and every kind is in each.
+Reads no user's files (files.py, hub.py), splits nothing (splits.py), mixes nothing (mixture.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any
 
 from dynrun.artifacts import sha256_bytes
 from dynrun.calibration.conversation import Conversation
 
-Split = Literal["calibration", "probe", "test"]
-SPLITS: tuple[Split, ...] = ("calibration", "probe", "test")
-# Of ten conversations of a kind: five to calibrate on, two to probe, three to test.
-_PATTERN: tuple[Split, ...] = (
-    "calibration",
-    "test",
-    "calibration",
-    "probe",
-    "calibration",
-    "test",
-    "calibration",
-    "probe",
-    "test",
-    "calibration",
-)
+BUILTIN_NAME = "builtin"
+# Questions for the model itself (generated.py): no conversations.
+_NO_CONVERSATIONS = ("prompts.jsonl",)
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """Conversations and the hash of the bytes they came from."""
+class Source:
+    """Conversations from one place, ``name`` as the user wrote it.
+
+    ``conversations`` stand in a pseudo-random order that does not depend on the order in the file, none twice.
+    ``n_records`` were read, ``n_malformed`` of them no conversations; ``malformed`` names the first of those, each as
+    ``file:line: reason``. ``sha256`` pins the content. ``near_duplicates``: ids of conversations that are too much like
+    a held-out one and stay out of what is calibrated or probed on (overlap.py).
+    """
 
     name: str
     sha256: str
     conversations: tuple[Conversation, ...]
+    n_records: int = 0
+    n_malformed: int = 0
+    malformed: tuple[str, ...] = ()
+    near_duplicates: frozenset[str] = frozenset()
 
 
-def builtin() -> Dataset:
+def builtin() -> Source:
     """The shipped set."""
     folder = files("dynrun.calibration") / "data"
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".jsonl"))
-    texts = [(folder / name).read_text(encoding="utf-8") for name in names]
-    conversations = tuple(_conversation(json.loads(line)) for text in texts for line in text.splitlines())
-    return Dataset("builtin", sha256_bytes("".join(texts).encode()), conversations)
+    texts = [(folder / name).read_text(encoding="utf-8") for name in names if name not in _NO_CONVERSATIONS]
+    # Not splitlines(): a JSON string may hold other line separators as they are.
+    found = [_conversation(json.loads(line)) for text in texts for line in text.split("\n") if line.strip()]
+    found.sort(key=lambda conversation: sha256_bytes(conversation.id.encode()))
+    return Source(BUILTIN_NAME, sha256_bytes("".join(texts).encode()), tuple(found), n_records=len(found))
 
 
 def _conversation(record: dict[str, Any]) -> Conversation:
     return Conversation(
         id=record["id"],
         kind=record["kind"],
-        messages=record["messages"],
+        messages=record.get("messages", []),
         tools=record.get("tools", []),
         language=record.get("language", "en"),
         document=record.get("document", ""),
+        text=record.get("text", ""),
         thinking=record.get("thinking"),
     )
-
-
-def split(conversations: Iterable[Conversation], which: Split) -> list[Conversation]:
-    """The conversations of one split, kinds taken in turn so that any beginning of the list covers them all."""
-    by_kind: dict[str, list[Conversation]] = defaultdict(list)
-    for conversation in conversations:
-        by_kind[conversation.kind].append(conversation)
-    chosen = []
-    for offset, kind in enumerate(sorted(by_kind)):
-        # Each kind begins elsewhere in the pattern: small kinds must not all favour the same split.
-        ordered = sorted(by_kind[kind], key=lambda c: sha256_bytes(c.id.encode()))
-        members = [c for i, c in enumerate(ordered) if _PATTERN[(i + offset * 3) % len(_PATTERN)] == which]
-        chosen.append(members)
-    turns = max((len(members) for members in chosen), default=0)
-    return [members[turn] for turn in range(turns) for members in chosen if turn < len(members)]

@@ -1,91 +1,284 @@
-"""Rendering conversations through a model's own chat template, in a sandbox.
+"""A model's chat template: conversations to text, rendered by a child process that can do no harm.
 
-The environment is the one that transformers and llama.cpp's templates are written for: trimmed blocks, loop controls,
-``raise_exception``, ``strftime_now`` and ``tojson``.
+Takes the template's source, gives text. Shapes messages to what the template knows: without tool calls or thoughts of
+its own it gets them as text or not at all, and where it refuses a role, the simpler form that says the same.
+Tokenizes nothing.
 """
 
 from __future__ import annotations
 
 import json
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
-
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pathlib import Path
+from typing import Any, Self
 
 from dynrun.calibration.conversation import Conversation
-from dynrun.errors import DynrunError
+from dynrun.errors import DynrunError, NotFoundError, UsageError
+from dynrun.gguf.header import Header
 
+PLAIN_TEXT = "none: plain text"
 # Templates that print the date must give the same text every day, or no cached stage would ever be found again.
-_TODAY = datetime(2026, 1, 1, tzinfo=UTC)
+TODAY = datetime(2026, 1, 1, tzinfo=UTC)
+_DEADLINE_S = 10.0
+_KEY = "tokenizer.chat_template"
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+Message = dict[str, Any]
 
 
+@dataclass
 class ChatTemplate:
-    """A model's Jinja template; without one, plain text."""
+    """A Jinja template; without one (``source`` None) plain text. A context manager: its child ends with it.
 
-    def __init__(self, source: str | None, *, bos: str = "", eos: str = "") -> None:
-        self.source = source
-        self._tokens = {"bos_token": bos, "eos_token": eos}
-        self._template = None
-        if source is not None:
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-            environment.filters["tojson"] = _tojson
-            environment.globals["raise_exception"] = _raise
-            environment.globals["strftime_now"] = _TODAY.strftime
-            try:
-                self._template = environment.from_string(source)
-            except TemplateError as error:
-                raise DynrunError(
-                    f"the model's chat template is not valid Jinja: {error}", fix="use another GGUF of it"
-                ) from error
+    ``origin`` says where it came from; ``tool_source`` is used for conversations with tools where a model brings a
+    template of its own for them. ``deadline_s``: seconds that one rendering may take.
+    """
 
-    def render(self, conversation: Conversation) -> str:
+    source: str | None
+    bos: str = ""
+    eos: str = ""
+    origin: str = PLAIN_TEXT
+    tool_source: str | None = None
+    today: datetime = TODAY
+    deadline_s: float = _DEADLINE_S
+    _child: _Child | None = None
+    _argument_form: dict[str, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.source is not None and self.origin == PLAIN_TEXT:
+            self.origin = "given"
+
+    def render(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation. Raises DynrunError where the template refuses even its simplest form."""
-        if self._template is None:
-            return "\n\n".join(_content(message) for message in conversation.messages) + "\n"
-        attempts = (conversation.messages, _only_user_and_assistant(conversation.messages))
-        for messages in attempts:
-            try:
-                return self._render(messages, conversation.tools)
-            except (TemplateError, TypeError) as error:
-                # Many templates raise for a system or tool role; the simpler form says the same.
-                failure = error
-        raise DynrunError(f"the model's chat template fails on conversation {conversation.id}: {failure}")
-
-    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
-        assert self._template is not None
-        assert self.source is not None
-        if "tool_calls" not in self.source:
-            messages = [{"role": m["role"], "content": _content(m)} for m in messages]
-        return self._template.render(
-            messages=messages, tools=tools or None, add_generation_prompt=False, **self._tokens
+        if self.source is None or conversation.text:
+            return conversation.text or "\n\n".join(map(_written_out, conversation.messages)) + "\n"
+        name = "tools" if conversation.tools and self.tool_source else "default"
+        failure = ""
+        for messages, tools in self._forms(name, conversation):
+            answer = self._ask(name, messages, tools, conversation.thinking, add_generation_prompt)
+            if "text" in answer and answer["text"].strip():
+                return str(answer["text"])
+            # Many templates raise for a system or tool role; the simpler form says the same.
+            failure = failure or answer.get("error", "it gives no text")
+            if self._child is None or not self._child.alive:
+                # It would take as long, or as much, for the others.
+                break
+        raise DynrunError(
+            f"the chat template ({self.origin}) fails on conversation {conversation.id}: {failure}",
+            fix="give another with --chat-template FILE",
         )
 
+    def _forms(self, name: str, conversation: Conversation) -> Iterator[tuple[list[Message], list[Message] | None]]:
+        """What to try, the fullest first."""
+        source = self._sources()[name]
+        messages = [_with_thoughts(message, source) for message in conversation.messages]
+        tools = conversation.tools or None
+        calls = any(m.get("tool_calls") for m in messages)
+        if not calls:
+            yield messages, tools
+        elif "tool_calls" in source:
+            as_text = self._wants_text_arguments(name)
+            yield [_with_arguments(m, as_text) for m in messages], tools
+        yield [{"role": m["role"], "content": _written_out(m)} for m in messages], tools
+        yield _only_user_and_assistant(messages), None
 
-def _content(message: dict[str, Any]) -> str:
+    def _wants_text_arguments(self, name: str) -> bool:
+        """Whether a tool call's arguments must be JSON text: transformers gives objects, some templates print them raw.
+
+        As llama.cpp finds it (common/chat.cpp, common/jinja/caps.cpp): by rendering a call.
+        """
+        if name not in self._argument_form:
+            call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"needle": "thread"}}}
+            asked: list[Message] = [
+                {"role": "user", "content": "f"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ]
+            tool = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {}}}
+            text = self._ask(name, asked, [tool], None, False).get("text", "")
+            self._argument_form[name] = "needle" not in text or "'needle'" in text
+        return self._argument_form[name]
+
+    def _ask(
+        self, name: str, messages: list[Message], tools: list[Message] | None, thinking: bool | None, prompt: bool
+    ) -> dict[str, Any]:
+        variables = {
+            "messages": messages,
+            "tools": tools,
+            "add_generation_prompt": prompt,
+            "bos_token": self.bos,
+            "eos_token": self.eos,
+        }
+        if thinking is not None:
+            variables["enable_thinking"] = thinking
+        return self._running().ask({"template": name, "variables": variables}, self.deadline_s)
+
+    def _running(self) -> _Child:
+        if self._child is None or not self._child.alive:
+            self._child = _Child(self._sources(), self.today, self.origin, self.deadline_s)
+        return self._child
+
+    def _sources(self) -> dict[str, str]:
+        sources = {"default": self.source or ""}
+        return sources | ({"tools": self.tool_source} if self.tool_source else {})
+
+    def close(self) -> None:
+        """End the child, if there is one."""
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def template_of(header: Header, bos: str, eos: str, override: Path | None = None) -> ChatTemplate:
+    """The template in a GGUF's metadata, or in the file ``override``; plain text where there is none."""
+    if override is not None:
+        return ChatTemplate(read_template(override), bos, eos, f"--chat-template {override}")
+    source, tools = header.metadata.get(_KEY), header.metadata.get(f"{_KEY}.tool_use")
+    if not isinstance(source, str) or not source.strip():
+        return ChatTemplate(None, bos, eos)
+    origin = f"{_KEY} of {header.path.name}"
+    return ChatTemplate(source, bos, eos, origin, tools if isinstance(tools, str) else None)
+
+
+def read_template(path: Path) -> str:
+    """The source in a file. Raises NotFoundError or UsageError."""
+    if not path.is_file():
+        raise NotFoundError(f"the chat template {path} does not exist", fix="check the path")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"the chat template {path} cannot be read: {error}", fix="give a Jinja file") from error
+    if not text.strip():
+        raise UsageError(f"the chat template {path} is empty", fix="give a Jinja file")
+    return text
+
+
+class _Child:
+    """A process that renders. Whatever a template does there, here it is an error in one line."""
+
+    def __init__(self, sources: Mapping[str, str], today: datetime, origin: str, deadline_s: float) -> None:
+        self._origin = origin
+        # Nothing of the user's environment; -I: no module of the working folder.
+        argv = [sys.executable, "-I", "-m", "dynrun.calibration.template_worker"]
+        self._process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            encoding="utf-8", env={"PYTHONIOENCODING": "utf-8"},
+        )  # fmt: skip
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+        # Starting Python takes its time on a busy machine: that is not the template's.
+        answer = self.ask({"templates": dict(sources), "today": today.isoformat()}, deadline_s + 60)
+        if "error" in answer:
+            self.kill()
+            raise DynrunError(
+                f"the chat template ({origin}) is not valid Jinja: {answer['error']}",
+                fix="give another with --chat-template FILE",
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, request: Mapping[str, Any], deadline_s: float) -> dict[str, Any]:
+        """The child's answer; an error where it took too long or died, after which it is gone."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._lines.get(timeout=deadline_s)
+        except queue.Empty:
+            self.kill()
+            return {"error": f"it was not done after {deadline_s:g} s"}
+        except OSError:
+            line = ""
+        if not line:
+            self.kill()
+            return {"error": "it made the process that renders it end"}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        # ValueError: closed by kill().
+        with suppress(ValueError):
+            for line in self._process.stdout:
+                self._lines.put(line)
+        self._lines.put("")
+
+    def kill(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                # What was not sent yet cannot be.
+                with suppress(OSError):
+                    stream.close()
+
+
+def _with_thoughts(message: Message, source: str) -> Message:
+    """Thoughts as the template has them: in their own field, inside the content, or not at all."""
+    thoughts = message.get("reasoning_content")
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    if not thoughts:
+        return rest
+    if any(name in source for name in _THOUGHTS):
+        return {**rest, **{name: thoughts for name in _THOUGHTS if name in source}}
+    if "<think>" in source or "</think>" in source:
+        return {**rest, "content": f"<think>\n{thoughts}\n</think>\n\n{rest.get('content') or ''}"}
+    return rest
+
+
+def _with_arguments(message: Message, as_text: bool) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            arguments = arguments if as_text else _parsed(arguments)
+        elif as_text:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return {**message, "tool_calls": calls}
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _written_out(message: Message) -> str:
     """The text of a message, its tool calls written out for templates that know none."""
     parts = [message.get("content") or ""]
-    parts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
+    parts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or []]
     return "\n".join(part for part in parts if part)
 
 
-def _only_user_and_assistant(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _only_user_and_assistant(messages: list[Message]) -> list[Message]:
     """The same conversation with strictly alternating user and assistant turns."""
-    merged: list[dict[str, Any]] = []
+    merged: list[Message] = []
     for message in messages:
         role = "assistant" if message["role"] == "assistant" else "user"
         if merged and merged[-1]["role"] == role:
-            merged[-1]["content"] += "\n\n" + _content(message)
+            merged[-1]["content"] += "\n\n" + _written_out(message)
         else:
-            merged.append({"role": role, "content": _content(message)})
+            merged.append({"role": role, "content": _written_out(message)})
     return merged
-
-
-def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **_: Any) -> str:
-    # Jinja's own filter escapes <, > and & for HTML, which no model was trained on.
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)

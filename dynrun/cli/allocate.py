@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dynrun.cli import options
 from dynrun.cli.output import StageReporter, emit
 
+if TYPE_CHECKING:
+    from dynrun.make import Settings
 
+
+@options.calibrated
 def allocate(
     model: options.Model,
+    settings: Settings,
     quant: options.Quant = None,
     bpw: options.Bpw = None,
     size: options.Size = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The scheme's file (default: NAME-LABEL.scheme.toml here).")
     ] = None,
-    calibration: options.Calibration = "builtin",
-    tokens: options.Tokens = 32768,
-    ctx: options.CalibrationCtx = 512,
     probe_tokens: options.ProbeTokens = 1024,
     as_json: options.AsJson = False,
 ) -> None:
@@ -30,18 +33,20 @@ def allocate(
     Example: dynrun allocate demo --bpw 4.5 --out demo.toml
     """
     from dynrun.allocation.stage import allocate as choose
-    from dynrun.make import budget_for, check_budget, imatrix_stage, sensitivity_stage
+    from dynrun.make import imatrix_stage, read_texts, sensitivity_stage
     from dynrun.models import open_reference
     from dynrun.scheme import render, write_scheme
+    from dynrun.target import budget_for, check_budget
 
     wanted = options.target(quant, bpw, size)
     reference = open_reference(model)
-    settings = options.settings(calibration, tokens, ctx, probe_tokens, None)
+    settings = replace(settings, probes=options.probes(probe_tokens))
     reporter = StageReporter()
-    imatrix = imatrix_stage(reference, settings, reporter)
+    texts = read_texts(reference, settings, reporter)
+    imatrix = imatrix_stage(reference, texts, settings, reporter)
     budget, _ = budget_for(reference, imatrix, wanted)
-    check_budget(reference, imatrix, budget, settings)
-    table = sensitivity_stage(reference, imatrix, settings, reporter, reporter.log)
+    check_budget(reference, imatrix, budget, settings.menu)
+    table = sensitivity_stage(reference, imatrix, texts, settings, reporter, reporter.log)
     scheme = choose(reference, imatrix, table.tensors, budget)
     path = out or Path(f"{reference.name}-{budget.label}.scheme.toml")
     write_scheme(scheme, path)

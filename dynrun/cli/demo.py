@@ -25,7 +25,7 @@ def demo(
     """
     from dynrun.cli.make import run_make, show, to_json
 
-    made = run_make("demo", options.target(quant, None, None), options.settings("builtin", None, None, None, None))
+    made = run_make("demo", options.target(quant, None, None), options.settings())
     if as_json:
         text = _ask(made.file, prompt, lambda _: None)
         emit(as_json, {**to_json(made), "prompt": prompt, "text": text}, lambda: None)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dynrun.cli import options
 from dynrun.cli.output import Ticker, emit, megabytes, say
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ def eval_kld(
         typer.Option("--text", help="Score this text as llama-perplexity does, not the test conversations."),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=16, help="Tokens to decode at most.")] = 16384,
-    ctx: Annotated[int, typer.Option("--ctx", min=16, help="Tokens of one sequence at most.")] = 512,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    ctx: Annotated[int, typer.Option("--n-ctx", "--ctx", min=16, help="Tokens of one sequence at most.")] = 512,
+    chat_template: options.ChatTemplate = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """KL divergence from the reference, in nats per token, with its 95% interval.
 
@@ -36,7 +38,7 @@ def eval_kld(
     config = load_config()
     base = resolve(reference).path
     files = [resolve(model).path for model in models]
-    parts = _parts(base, text, tokens, ctx, config.n_threads)
+    parts = _parts(base, text, chat_template, tokens, ctx)
     tickers: dict[str, Ticker] = {}
 
     def progress(done: int, total: int, note: str) -> None:
@@ -46,17 +48,20 @@ def eval_kld(
     emit(as_json, _data(base, rows), lambda: _show(rows))
 
 
-def _parts(reference: Path, text: Path | None, tokens: int, ctx: int, n_threads: int) -> list[Scored]:
+def _parts(reference: Path, text: Path | None, chat_template: Path | None, tokens: int, ctx: int) -> list[Scored]:
+    from dynrun.calibration.template import PLAIN_TEXT
+    from dynrun.calibration.text import template_for
     from dynrun.evaluation.texts import conversation_parts, read_text, text_parts
-    from dynrun.llamacpp.engine import Engine
+    from dynrun.llamacpp.vocabulary import Vocabulary
 
     content = None if text is None else read_text(text)
-    with Engine.open(reference, n_ctx=16, n_threads=n_threads, n_gpu_layers=0) as engine:
+    with Vocabulary.load(reference) as vocabulary:
         if content is not None:
-            return text_parts(engine, content, max_tokens=tokens, n_ctx=ctx)
-        if "tokenizer.chat_template" not in engine.header.metadata:
-            say(f"{reference.name} has no chat template: conversations are scored as plain text")
-        return conversation_parts(engine, max_tokens=tokens, n_ctx=ctx)
+            return text_parts(vocabulary, content, max_tokens=tokens, n_ctx=ctx)
+        with template_for(vocabulary, chat_template) as template:
+            if template.origin == PLAIN_TEXT:
+                say(f"{reference.name} has no chat template: conversations are scored as plain text")
+            return conversation_parts(vocabulary, template, max_tokens=tokens, n_ctx=ctx)
 
 
 def _data(reference: Path, rows: list[Row]) -> dict[str, Any]:

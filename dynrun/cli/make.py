@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,21 +12,22 @@ from dynrun.cli import options
 from dynrun.cli.output import StageReporter, emit, megabytes, say
 
 if TYPE_CHECKING:
+    from dynrun.calibration.stage import ImatrixStage
     from dynrun.evaluation.kld import Row
-    from dynrun.make import Made, Settings, Target
+    from dynrun.make import Made, Settings
+    from dynrun.target import Target
 
 
+@options.calibrated
 def make(
     model: options.Model,
+    settings: Settings,
     quant: options.Quant = None,
     bpw: options.Bpw = None,
     size: options.Size = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write the file (default: the cache).")
     ] = None,
-    calibration: options.Calibration = "builtin",
-    tokens: options.Tokens = 32768,
-    ctx: options.CalibrationCtx = 512,
     probe_tokens: options.ProbeTokens = 1024,
     eval_tokens: options.EvalTokens = 16384,
     no_feedback: Annotated[
@@ -40,7 +42,7 @@ def make(
     """
     del no_feedback
     wanted = options.target(quant, bpw, size)
-    settings = options.settings(calibration, tokens, ctx, probe_tokens, eval_tokens)
+    settings = replace(settings, probes=options.probes(probe_tokens), eval_tokens=eval_tokens)
     if dry_run:
         _dry_run(model, wanted, settings, as_json)
         return
@@ -55,14 +57,29 @@ def run_make(model: str, wanted: Target, settings: Settings, out: Path | None = 
     reporter = StageReporter()
     say(f"log: {reporter.path}")
     made = make_model(model, wanted, settings, reporter, reporter.log, out)
-    if made.imatrix.template == "plain":
-        say(f"{made.reference.path.name} has no chat template: it was calibrated and tested on plain text")
+    for note in notes(made.imatrix):
+        say(note)
     return made
 
 
-def _dry_run(model: str, wanted: Target, settings: Settings, as_json: bool) -> None:
-    from dataclasses import asdict
+def notes(imatrix: ImatrixStage) -> list[str]:
+    """What people should know of an imatrix."""
+    from dynrun.calibration.template import PLAIN_TEXT
 
+    found = []
+    if imatrix.template == PLAIN_TEXT:
+        found.append("the model has no chat template: plain text was used")
+    if imatrix.missing:
+        found.append(f"no entry for {len(imatrix.missing)} tensors, the first {imatrix.missing[0]}")
+    if imatrix.short_experts:
+        found.append(
+            f"{imatrix.short_experts} of {imatrix.n_experts} experts saw too few tokens (the least "
+            f"{imatrix.least_expert_tokens}) and were topped up with their layer's mean"
+        )
+    return found
+
+
+def _dry_run(model: str, wanted: Target, settings: Settings, as_json: bool) -> None:
     from dynrun.make import plan
 
     stages = plan(model, wanted, settings)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dynrun.errors import UsageError
 
 if TYPE_CHECKING:
-    from dynrun.make import Settings, Target
+    from dynrun.make import Settings
+    from dynrun.sensitivity.stage import ProbeSettings
+    from dynrun.target import Target
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A GGUF in F16, BF16 or F32, or a built-in name: demo, demo-moe.")
@@ -21,9 +27,36 @@ Quant = Annotated[
 ]
 Bpw = Annotated[float | None, typer.Option("--bpw", help="Bits per weight, over all tensors.")]
 Size = Annotated[str | None, typer.Option("--size", help="Size of the file: bytes, or as 250M, 1.5G (decimal).")]
-Calibration = Annotated[str, typer.Option("--calibration", help="Calibration set: builtin.")]
-Tokens = Annotated[int, typer.Option("--tokens", min=64, help="Tokens of the calibration split for the imatrix.")]
-CalibrationCtx = Annotated[int, typer.Option("--ctx", min=16, help="Longest sequence of the imatrix, in tokens.")]
+Calibration = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        metavar="MIXTURE",
+        help="Sources and their weights: builtin, self (the model's own answers), files (JSONL, JSON, Parquet, text), "
+        "hf:owner/name[:config][:split]; as in builtin:2,self:3,mydata.jsonl:1.",
+    ),
+]
+Tokens = Annotated[int, typer.Option("--tokens", min=64, help="Tokens to calibrate on.")]
+CalibrationCtx = Annotated[
+    int, typer.Option("--n-ctx", "--ctx", min=16, help="Longest sequence to calibrate on, in tokens.")
+]
+MinExpertTokens = Annotated[
+    int,
+    typer.Option(
+        "--min-expert-tokens", min=0, help="Go on until each expert has seen so many; top up those that have not."
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", min=64, help="But to no more tokens than these (default: 4 times --tokens)."),
+]
+ChatTemplate = Annotated[
+    Path | None, typer.Option("--chat-template", metavar="FILE", help="A Jinja template instead of the model's own.")
+]
+ImatrixFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--imatrix", metavar="FILE", help="Use this imatrix (.gguf, .dat); several are merged."),
+]
 ProbeTokens = Annotated[
     int, typer.Option("--probe-tokens", min=32, help="Tokens of the probe split for each tensor's coarse probe.")
 ]
@@ -42,29 +75,60 @@ def size_bytes(text: str) -> int:
 
 def target(quant: str | None, bpw: float | None, size: str | None) -> Target:
     """The wanted size out of the three options. Raises UsageError unless exactly one is given."""
-    from dynrun.make import Target
+    from dynrun.target import Target
 
     return Target(quant.upper() if quant else None, bpw, size_bytes(size) if size else None)
 
 
 def settings(
-    calibration: str, tokens: int | None, ctx: int | None, probe_tokens: int | None, eval_tokens: int | None
+    calibration: Calibration = "builtin",
+    tokens: Tokens = 32768,
+    ctx: CalibrationCtx = 512,
+    min_expert_tokens: MinExpertTokens = 256,
+    max_tokens: MaxTokens = None,
+    chat_template: ChatTemplate = None,
+    imatrix: ImatrixFiles = None,
 ) -> Settings:
-    """How to measure, from the options; None means the default."""
+    """How to measure, from the options; without them the defaults."""
     from dynrun.calibration.stage import ImatrixSettings
     from dynrun.config import load_config
     from dynrun.make import Settings
-    from dynrun.sensitivity.stage import ProbeSettings
 
-    default = Settings()
-    imatrix = ImatrixSettings(tokens or default.imatrix.n_tokens, ctx or default.imatrix.n_ctx)
-    probes = default.probes
-    if probe_tokens:
-        probes = ProbeSettings(probe_tokens, max(32, probe_tokens // 2), probes.n_ctx, probes.max_rows)
     return Settings(
         calibration=calibration,
-        imatrix=imatrix,
-        probes=probes,
-        eval_tokens=eval_tokens or default.eval_tokens,
+        chat_template=chat_template,
+        imatrix_files=tuple(imatrix or ()),
+        imatrix=ImatrixSettings(tokens, ctx, min_expert_tokens, max_tokens),
         config=load_config(),
     )
+
+
+def calibrated(command: Callable[..., None]) -> Callable[..., None]:
+    """Give ``command`` the options of calibration in the place of its parameter ``settings``."""
+    shared = inspect.signature(settings, eval_str=True, locals={"Settings": Any}).parameters
+    own = inspect.signature(command).parameters.values()
+    # Annotations are strings; that of `settings` is known to type checkers only.
+    parameters = [
+        parameter.replace(annotation=eval(parameter.annotation, command.__globals__))  # noqa: S307
+        for parameter in own
+        if parameter.name != "settings"
+    ]
+    # Before --json, which all commands end with.
+    parameters[-1:-1] = shared.values()
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        how = {name: values.pop(name) for name in shared}
+        command(settings=settings(**how), **values)
+
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
+
+
+def probes(n_tokens: int) -> ProbeSettings:
+    """The probes' settings for ``n_tokens`` at the coarse type and half of them at the fine one."""
+    from dynrun.sensitivity.stage import ProbeSettings
+
+    default = ProbeSettings()
+    return ProbeSettings(n_tokens, max(32, n_tokens // 2), default.n_ctx, default.max_rows)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dynrun.cli import options
 from dynrun.cli.output import StageReporter, emit
 
 if TYPE_CHECKING:
+    from dynrun.make import Settings
     from dynrun.sensitivity.stage import SensitivityStage
 
 
+@options.calibrated
 def sensitivity(
     model: options.Model,
-    calibration: options.Calibration = "builtin",
-    tokens: options.Tokens = 32768,
-    ctx: options.CalibrationCtx = 512,
+    settings: Settings,
     probe_tokens: options.ProbeTokens = 1024,
     as_json: options.AsJson = False,
 ) -> None:
@@ -23,13 +24,15 @@ def sensitivity(
 
     Example: dynrun sensitivity demo
     """
-    from dynrun.make import imatrix_stage, sensitivity_stage
+    from dynrun.make import imatrix_stage, read_texts, sensitivity_stage
     from dynrun.models import open_reference
 
     reference = open_reference(model)
-    settings = options.settings(calibration, tokens, ctx, probe_tokens, None)
+    settings = replace(settings, probes=options.probes(probe_tokens))
     reporter = StageReporter()
-    table = sensitivity_stage(reference, imatrix_stage(reference, settings, reporter), settings, reporter, reporter.log)
+    texts = read_texts(reference, settings, reporter)
+    imatrix = imatrix_stage(reference, texts, settings, reporter)
+    table = sensitivity_stage(reference, imatrix, texts, settings, reporter, reporter.log)
     data = {
         "path": str(table.path),
         "log": str(reporter.path),

@@ -1,31 +1,40 @@
 """What is scored: the built-in test conversations, or a plain text as llama-perplexity cuts it.
 
-Takes text and a loaded model's vocabulary, gives token sequences with their scored positions; scores nothing.
+Takes text and a model's vocabulary, gives token sequences with their scored positions; scores nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from dynrun.calibration.dataset import Dataset, builtin
-from dynrun.calibration.sequences import sequences
+from dynrun.calibration.dataset import builtin
+from dynrun.calibration.sequences import Tokenizer, TokenSequence, beginnings
+from dynrun.calibration.splits import split_of_source
+from dynrun.calibration.template import ChatTemplate
 from dynrun.errors import DynrunError, NotFoundError, UsageError
-from dynrun.llamacpp.engine import Engine
+from dynrun.llamacpp.vocabulary import Vocabulary
 from dynrun.scoring.reference import Scored
 
 
-def conversation_parts(engine: Engine, *, max_tokens: int, n_ctx: int, dataset: Dataset | None = None) -> list[Scored]:
-    """The test split through the model's own template, every position scored whose successor is known.
+def conversation_parts(vocabulary: Vocabulary, template: ChatTemplate, *, max_tokens: int, n_ctx: int) -> list[Scored]:
+    """The shipped test split through the model's template.
 
     Raises UsageError where ``max_tokens`` is too small for even one conversation.
     """
-    found = sequences(engine, dataset or builtin(), "test", max_tokens=max_tokens, n_ctx=n_ctx)
+    tokenizer = Tokenizer(vocabulary, template, n_ctx)
+    found = beginnings(tokenizer, split_of_source(builtin(), "test"), max_tokens=max_tokens)
     if not found:
         raise UsageError(f"{max_tokens} tokens are too few to score anything", fix="ask for 16 or more")
-    return [Scored(part.id, part.tokens, tuple(range(len(part.tokens) - 1))) for part in found]
+    return scored(found)
 
 
-def text_parts(engine: Engine, text: str, *, max_tokens: int, n_ctx: int) -> list[Scored]:
+def scored(sequences: Iterable[TokenSequence]) -> list[Scored]:
+    """Every position whose successor is known."""
+    return [Scored(one.id, one.tokens, tuple(range(len(one.tokens) - 1))) for one in sequences]
+
+
+def text_parts(vocabulary: Vocabulary, text: str, *, max_tokens: int, n_ctx: int) -> list[Scored]:
     """``text`` cut every ``n_ctx`` tokens, the second half of each chunk scored, ``max_tokens`` in all.
 
     The cut, the BOS token in the place of each chunk's first where the vocabulary wants one, and the positions are
@@ -33,7 +42,7 @@ def text_parts(engine: Engine, text: str, *, max_tokens: int, n_ctx: int) -> lis
     Raises UsageError for a text shorter than one chunk.
     """
     # common/arg.cpp drops one newline at the end of the file.
-    tokens = engine.tokenize(text.removesuffix("\n"), parse_special=False, add_special=True)
+    tokens = vocabulary.tokenize(text.removesuffix("\n"), parse_special=False, add_special=True)
     n_chunks = min(len(tokens), max_tokens) // n_ctx
     if n_chunks == 0:
         raise UsageError(
@@ -45,8 +54,8 @@ def text_parts(engine: Engine, text: str, *, max_tokens: int, n_ctx: int) -> lis
     found = []
     for i in range(n_chunks):
         chunk = tokens[i * n_ctx : (i + 1) * n_ctx]
-        if engine.adds_bos:
-            chunk[0] = engine.bos
+        if vocabulary.adds_bos:
+            chunk[0] = vocabulary.bos
         found.append(Scored(f"chunk {i}", tuple(chunk), outputs))
     return found
 

@@ -43,23 +43,48 @@ def sources(node: GgmlTensor) -> list[int]:
 
 
 class FindTensors(Tap):
-    """Collect the pointer of every named leaf (weights among them) of the graph."""
+    """Collect the pointer of every named leaf (weights among them) of the graph.
 
-    def __init__(self, names: Iterable[str]) -> None:
+    ``input_of[weight]``: the first weight in the graph that multiplies the same input (and, for experts, by the same
+    routing), itself where none did before. Holds the weights of MUL_MAT and MUL_MAT_ID with an F32 input.
+    """
+
+    def __init__(self, lib: Ggml, names: Iterable[str]) -> None:
         self.wanted = set(names)
         self.found: dict[str, int] = {}
+        self.input_of: dict[str, str] = {}
+        self._multiplies = {lib.ops["MUL_MAT"], lib.ops["MUL_MAT_ID"]}
+        self._first: dict[tuple[int, int | None], str] = {}
+        self._repeated: set[str] = set()
 
     def ask(self, pointer: int, node: GgmlTensor) -> bool:
         for source in sources(node):
             name = GgmlTensor.from_address(source).name.decode("utf-8", "replace")
             if name in self.wanted:
                 self.found[name] = source
+        if node.op in self._multiplies:
+            self._note_input(node)
         return False
+
+    def _note_input(self, node: GgmlTensor) -> None:
+        name = GgmlTensor.from_address(node.src[0]).name.decode("utf-8", "replace")
+        if name not in self.wanted or GgmlTensor.from_address(node.src[1]).type != F32_TYPE:
+            return
+        if name in self.input_of:
+            self._repeated.add(name)
+        else:
+            self.input_of[name] = self._first.setdefault((node.src[1], node.src[2]), name)
+
+    def finish(self) -> None:
+        # A weight used at several places has the inputs of all of them, and speaks for no other.
+        for name, first in self.input_of.items():
+            if name in self._repeated or first in self._repeated:
+                self.input_of[name] = name
 
 
 @dataclass(frozen=True)
 class Activation:
-    """The input of one weight: ``x`` [n_rows, ne0]; ``experts`` [n_rows] for expert tensors, else None."""
+    """The input of ``weight``: ``x`` [n_rows, ne0]; ``experts`` [n_rows] for expert tensors, else None."""
 
     weight: str
     x: Array
@@ -70,21 +95,32 @@ class WatchInputs(Tap):
     """Give the F32 input of every multiplication with a known weight to ``consume``.
 
     As llama-imatrix does (tools/imatrix/imatrix.cpp, collect_imatrix): MUL_MAT and MUL_MAT_ID, weight in src[0].
+    The logits themselves are not computed: a small model spends a quarter of its time on them.
     """
 
     def __init__(self, lib: Ggml, weights: dict[int, str], consume: Callable[[Activation], None]) -> None:
         self.lib, self.weights, self.consume = lib, weights, consume
         self.dense, self.routed = lib.ops["MUL_MAT"], lib.ops["MUL_MAT_ID"]
+        self._logits: list[GgmlTensor] = []
 
     def ask(self, pointer: int, node: GgmlTensor) -> bool:
+        if node.op == self.dense and node.name == b"result_output":
+            node.op = self.lib.ops["NONE"]
+            self._logits.append(node)
+            return node.src[0] in self.weights
         if node.op not in (self.dense, self.routed) or node.src[0] not in self.weights:
             return False
         return bool(GgmlTensor.from_address(node.src[1]).type == F32_TYPE)
 
+    def finish(self) -> None:
+        # llama.cpp may use the same graph for the next decode.
+        for node in self._logits:
+            node.op = self.dense
+
     def got(self, pointer: int, node: GgmlTensor) -> None:
         name = self.weights[node.src[0]]
         x = strided(self.lib, node.src[1])
-        if node.op == self.dense:
+        if node.op != self.routed:
             self.consume(Activation(name, x.reshape(-1, x.shape[-1]), None))
             return
         # x: [n_tokens, n_used or 1, ne0]; ids: [n_tokens, n_used]

@@ -19,7 +19,7 @@ from typing import IO, Literal, Self
 import httpx
 
 from dynrun.artifacts import translated_os_errors
-from dynrun.errors import DoesNotFitError, DynrunError
+from dynrun.errors import DoesNotFitError, DynrunError, NotFoundError
 from dynrun.gguf.header import read_header
 from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.process import exit_reason, new_log, scrubbed_environment, spawned
@@ -62,6 +62,7 @@ _MEMORY = re.compile(
 )
 _ABORT = re.compile(r"GGML_ASSERT|GGML_ABORT|CUDA error|terminate called|what\(\):")
 _MALFORMED = re.compile(r"invalid magic|corrupted or incomplete|not within the file bounds|failed to read")
+_TEMPLATE = re.compile(r"common_chat_templates_init: error: |failed to apply template: ")
 _SMALLER = "use a smaller context (--ctx), a smaller quant, or free some memory"
 
 
@@ -78,6 +79,9 @@ def cause_of_death(log_text: str, exit_code: int) -> Death:
         # The first error says what is wrong with the file, the later ones only that it was not loaded.
         reason = _plain(errors[0]) if errors else "no reason given"
         return Death(f"the model could not be loaded: {reason}", _model_fix(reason), "model")
+    if "supplied chat template is not supported" in log_text:
+        reason = next((_plain(line) for line in errors if _TEMPLATE.search(line)), "no reason given")
+        return Death(f"the chat template is of no use: {reason}", "correct the template or leave it out", "other")
     if exit_code == -9:
         cause = "it was killed (SIGKILL), probably by the system because the machine's memory ran out"
         return Death(cause, _SMALLER, "killed")
@@ -116,9 +120,11 @@ def _model_fix(reason: str) -> str:
 class Server:
     """A llama-server for one model and one user, on 127.0.0.1 with a key of its own; a context manager.
 
-    ``n_ctx`` is capped to what the model was trained for. ``n_gpu_layers`` -1 lets llama.cpp fit the model to the
-    devices' free memory. Entering returns once the server answers; raises ServerDiedError if it ends before,
-    DynrunError if it is not ready after ``timeout_s`` seconds.
+    ``n_parallel`` requests are answered at once, each in a slot with ``n_ctx`` tokens of its own; ``n_ctx`` is capped
+    to what the model was trained for. ``n_gpu_layers`` -1 lets llama.cpp fit the model to the devices' free memory.
+    ``chat_template`` is a Jinja file that replaces the model's own; NotFoundError if it is no file. Entering returns
+    once the server answers; raises ServerDiedError if it ends before, DynrunError if it is not ready after
+    ``timeout_s`` seconds.
     """
 
     def __init__(
@@ -128,9 +134,15 @@ class Server:
         n_threads: int,
         n_ctx: int = DEFAULT_N_CTX,
         n_gpu_layers: int = -1,
+        n_parallel: int = 1,
+        chat_template: Path | None = None,
         timeout_s: float = 900.0,
     ) -> None:
         self.model, self.n_threads, self.n_gpu_layers, self.timeout_s = model, n_threads, n_gpu_layers, timeout_s
+        self.n_parallel = n_parallel
+        if chat_template is not None and not chat_template.is_file():
+            raise NotFoundError(f"the chat template {chat_template} is no file", fix="check the path")
+        self.chat_template = chat_template
         header = read_header(model)
         trained = header.metadata.get(f"{header.architecture}.context_length")
         self.n_ctx = min(n_ctx, trained) if isinstance(trained, int) and trained > 0 else n_ctx
@@ -192,8 +204,12 @@ class Server:
     def _argv(self) -> list[str]:
         # Port 0: the system picks a free one and the server says which, so nobody can be faster.
         argv = [str(installation().program("llama-server")), "-m", str(self.model), "--host", _HOST, "--port", "0"]
-        argv += ["-c", str(self.n_ctx), "-np", "1", "-t", str(self.n_threads)]
-        # One user and one conversation at a time: the cache of other prompts (8 GiB by default) has no use.
+        # -c is divided among the slots unless they share one cache (-kvu), where one could starve the others
+        # (src/llama-context.cpp); -np given, they do not share (tools/server/server.cpp).
+        argv += ["-c", str(self.n_ctx * self.n_parallel), "-np", str(self.n_parallel), "-t", str(self.n_threads)]
+        if self.chat_template is not None:
+            argv += ["--jinja", "--chat-template-file", str(self.chat_template)]
+        # No user comes back to an earlier conversation: the cache of other prompts (8 GiB by default) has no use.
         argv += ["--cache-ram", "0", "--no-cache-idle-slots"]
         argv += ["--cors-origins", "localhost", "--no-cors-credentials", "--no-ui", "--offline", "-lv", "3"]
         if self.n_gpu_layers >= 0:

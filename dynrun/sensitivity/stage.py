@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dynrun.artifacts import Outcome, StageFolder, run_stage, stage_folder, write_json
-from dynrun.calibration.dataset import Dataset
 from dynrun.calibration.imatrix import Imatrix, read_imatrix
-from dynrun.calibration.sequences import sequences
+from dynrun.calibration.sequences import TokenSequence, fingerprint
 from dynrun.calibration.stage import ImatrixStage
 from dynrun.config import Config
 from dynrun.gguf.header import TensorInfo
@@ -28,7 +27,7 @@ from dynrun.sensitivity.sweep import Progress as ProbeDone
 TABLE_FILE = "sensitivity.json"
 _PROBES_FILE = "probes.jsonl"
 _ERRORS_FILE = "errors.jsonl"
-_REVISION = 1
+_REVISION = 2
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,17 @@ class SensitivityStage:
 
 
 def sensitivity_folder(
-    reference: Reference, imatrix: ImatrixStage, dataset: Dataset, settings: ProbeSettings, menu: tuple[str, ...]
+    reference: Reference,
+    imatrix: ImatrixStage,
+    parts: Sequence[TokenSequence],
+    settings: ProbeSettings,
+    menu: tuple[str, ...],
 ) -> StageFolder:
     """Where the table for these inputs lies, made or not."""
     inputs = {
         "reference": reference.sha256,
         "imatrix": imatrix.sha256,
-        "dataset": dataset.sha256,
+        "sequences": fingerprint(parts),
         "settings": [settings.n_coarse_tokens, settings.n_fine_tokens, settings.n_ctx, settings.max_rows],
         "menu": list(menu),
         "revision": _REVISION,
@@ -86,7 +89,7 @@ def sensitivity_folder(
 def measure_sensitivity(
     reference: Reference,
     imatrix: ImatrixStage,
-    dataset: Dataset,
+    parts: Sequence[TokenSequence],
     settings: ProbeSettings,
     menu: tuple[str, ...],
     *,
@@ -94,15 +97,15 @@ def measure_sensitivity(
     on_probe: Callable[[ProbeDone], None],
     on_error: Callable[[int, int], None],
 ) -> SensitivityStage:
-    """Probe every quantizable tensor and compute the error of every type on it, or find the table."""
-    folder = sensitivity_folder(reference, imatrix, dataset, settings, menu)
+    """Probe every quantizable tensor on ``parts`` and compute the error of every type on it, or find the table."""
+    folder = sensitivity_folder(reference, imatrix, parts, settings, menu)
 
     def work(folder: StageFolder) -> Mapping[str, Any]:
         entries = read_imatrix(imatrix.path)
         quantizer = Quantizer(WeightFile(reference.path), entries, config.n_threads)
         errors = _all_errors(reference, quantizer, entries, settings, menu, folder / _ERRORS_FILE, on_error)
         log = ProbeLog(folder / _PROBES_FILE)
-        slopes = _all_slopes(reference, quantizer, dataset, settings, log, config, on_probe)
+        slopes = _all_slopes(reference, quantizer, parts, settings, log, config, on_probe)
         table = {
             name: {"slope": [s.coarse, s.fine] if (s := slopes.get(name)) else None, "errors": errors[name]}
             for name in errors
@@ -129,7 +132,7 @@ def read_table(path: Path) -> dict[str, TensorSensitivity]:
 def _all_slopes(
     reference: Reference,
     quantizer: Quantizer,
-    dataset: Dataset,
+    parts: Sequence[TokenSequence],
     settings: ProbeSettings,
     log: ProbeLog,
     config: Config,
@@ -138,7 +141,6 @@ def _all_slopes(
     with Engine.open(
         reference.path, n_ctx=settings.n_ctx, n_threads=config.n_threads, n_gpu_layers=config.n_gpu_layers
     ) as engine:
-        parts = sequences(engine, dataset, "probe", max_tokens=settings.n_coarse_tokens, n_ctx=settings.n_ctx)
         n_fine, tokens = 0, 0
         while n_fine < len(parts) and tokens < settings.n_fine_tokens:
             tokens += len(parts[n_fine].tokens)

@@ -116,7 +116,8 @@ def test_inputs_of_every_multiplied_weight_are_seen(path: Path) -> None:
             name = activation.weight  # type: ignore[attr-defined]
             seen[name] = seen.get(name, 0) + len(activation.x)  # type: ignore[attr-defined]
 
-        engine.watch_inputs(TOKENS, take)
+        engine.watch_inputs([TOKENS], take)
+        seen = {name: seen[first] for name, first in engine.input_of.items()}
         wanted = set(quantizable(engine.header))
         if "output.weight" in engine.weights:
             wanted -= {"token_embd.weight"}
@@ -151,5 +152,5 @@ def test_an_exception_in_a_hook_reaches_the_caller(path: Path) -> None:
 
     with Engine.open(path, n_ctx=64, n_threads=2) as engine:
         with pytest.raises(RuntimeError, match="from the hook"):
-            engine.watch_inputs(TOKENS, fail)
+            engine.watch_inputs([TOKENS], fail)
         assert np.isfinite(engine.logits(TOKENS)).all()

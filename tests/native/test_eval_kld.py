@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from dynrun.calibration.dataset import builtin, split
+from dynrun.calibration.dataset import builtin
+from dynrun.calibration.splits import split
+from dynrun.calibration.text import template_for
 from dynrun.demo.builtin import ensure_builtin
 from dynrun.errors import DynrunError, UsageError
 from dynrun.evaluation.kld import Row, evaluate
@@ -18,6 +20,7 @@ from dynrun.evaluation.texts import conversation_parts, text_parts
 from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.engine import Engine
 from dynrun.llamacpp.process import capture
+from dynrun.llamacpp.vocabulary import Vocabulary
 from dynrun.scoring.reference import Scored, record_reference
 from tests.tiny import write_tiny_llama
 
@@ -100,8 +103,8 @@ def _assert_agree(row: Row, oracle: dict[str, float]) -> None:
 
 
 def _parts(reference: Path, max_tokens: int = 600) -> list[Scored]:
-    with Engine.open(reference, n_ctx=16, n_threads=THREADS) as engine:
-        return conversation_parts(engine, max_tokens=max_tokens, n_ctx=128)
+    with Vocabulary.load(reference) as vocabulary, template_for(vocabulary) as template:
+        return conversation_parts(vocabulary, template, max_tokens=max_tokens, n_ctx=128)
 
 
 def test_a_plain_text_scores_as_in_llama_perplexity_on_the_demo_model(

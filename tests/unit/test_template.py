@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dynrun.calibration.conversation import Conversation
@@ -66,11 +68,130 @@ def test_json_in_templates_is_not_escaped_for_html() -> None:
     )
 
 
-def test_a_template_cannot_reach_internals() -> None:
-    with pytest.raises(DynrunError):
-        ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}").render(TALK)
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ raise_exception.__globals__['os'].system('id') }}",
+        "{% include '/etc/passwd' %}",
+        "{% import '/etc/passwd' as x %}",
+        "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    ],
+)
+def test_a_template_cannot_reach_files_or_internals(source: str) -> None:
+    with ChatTemplate("x" + source) as template, pytest.raises(DynrunError, match=r"the chat template \(given\) fails"):
+        template.render(TALK)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "not done after 1 s"),
+        ("{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "writes more than 8 million characters"),
+        ("{{ 'x' * 99999999999 }}", "more memory than a template may have"),
+        (
+            "{% set x = namespace(v='xxxxxxxx') %}{% for a in range(99) %}{% set x.v = x.v + x.v %}{% endfor %}",
+            "memory",
+        ),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "calls itself without end"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_a_hostile_template_ends_in_one_line(source: str, reason: str) -> None:
+    # Every simpler form of the conversation is tried too.
+    with ChatTemplate(source, deadline_s=1.0 if "1 s" in reason else 30.0) as template:
+        with pytest.raises(DynrunError, match=reason) as raised:
+            template.render(TALK)
+        assert "\n" not in str(raised.value)
+
+
+def test_after_a_kill_the_next_rendering_has_a_new_child() -> None:
+    source = (
+        "{% if messages|length > 2 %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    with ChatTemplate(source + "{% endif %}" + CHATML, deadline_s=1.0) as template:
+        long = Conversation("long", "x", [*TALK.messages, *TALK.messages])
+        with pytest.raises(DynrunError, match="not done after"):
+            template.render(long)
+        assert "Hi<|im_end|>" in template.render(Conversation("t", "x", TALK.messages[1:]))
+
+
+def test_one_child_renders_many_conversations() -> None:
+    with ChatTemplate(CHATML) as template:
+        texts = {template.render(Conversation(str(i), "x", [{"role": "user", "content": str(i)}])) for i in range(300)}
+        pids = {template._child._process.pid for _ in range(2)}  # type: ignore[union-attr]
+    assert len(texts) == 300
+    assert len(pids) == 1
+
+
+def test_the_child_knows_nothing_of_the_users_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with ChatTemplate("x") as template:
+        template.render(TALK)
+        environment = Path(f"/proc/{template._child._process.pid}/environ")  # type: ignore[union-attr]
+        if not environment.exists():
+            pytest.skip("this system has no /proc")
+        assert b"secret" not in environment.read_bytes()
+
+
+THINKING = Conversation(
+    "t",
+    "x",
+    [{"role": "user", "content": "1+1"}, {"role": "assistant", "reasoning_content": "one, two", "content": "2"}],
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ messages[1].reasoning_content }}|{{ messages[1].content }}", "one, two|2"),
+        ("{{ messages[1].content }}{# <think> #}", "<think>\none, two\n</think>\n\n2"),
+        ("{{ messages[1].content }}", "2"),
+    ],
+)
+def test_thoughts_stand_where_the_template_has_them(source: str, text: str) -> None:
+    with ChatTemplate(source) as template:
+        assert template.render(THINKING) == text
+
+
+@pytest.mark.parametrize(("thinking", "text"), [(True, "on"), (False, "off"), (None, "unset")])
+def test_the_thinking_switch_is_given_only_where_the_conversation_has_one(thinking: bool | None, text: str) -> None:
+    source = "{% if enable_thinking is not defined %}unset{% elif enable_thinking %}on{% else %}off{% endif %}"
+    with ChatTemplate(source) as template:
+        assert template.render(Conversation("t", "x", TALK.messages, thinking=thinking)) == text
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": "ö"}}}
+CALLING = Conversation(
+    "c", "tools", [{"role": "user", "content": "1"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+)
+
+
+@pytest.mark.parametrize("printed", ["arguments | tojson", "arguments"])
+def test_arguments_are_json_whether_a_template_wants_them_as_object_or_as_text(printed: str) -> None:
+    source = "{% for c in messages[1].tool_calls %}{{ c.function." + printed + " }}{% endfor %}"
+    with ChatTemplate(source) as template:
+        assert template.render(CALLING) == '{"a": "ö"}'
+
+
+def test_a_template_for_tools_is_used_for_conversations_with_tools() -> None:
+    with ChatTemplate("plain", tool_source="tools {{ tools|length }}") as template:
+        assert template.render(TALK) == "plain"
+        assert template.render(Conversation("t", "x", TALK.messages, tools=[{"type": "function"}])) == "tools 1"
+
+
+def test_plain_text_is_no_conversation() -> None:
+    with ChatTemplate(CHATML) as template:
+        assert template.render(Conversation("t", "text", [], text="= Title =\n")) == "= Title =\n"
+
+
+def test_what_marks_generated_text_is_left_out() -> None:
+    with ChatTemplate("{% generation %}{{ messages[0].content }}{% endgeneration %}") as template:
+        assert template.render(TALK) == "Be brief."
 
 
 def test_broken_jinja_is_one_line() -> None:
-    with pytest.raises(DynrunError, match="not valid Jinja"):
-        ChatTemplate("{% for %}")
+    with ChatTemplate("{% for %}") as template, pytest.raises(DynrunError, match="not valid Jinja"):
+        template.render(TALK)

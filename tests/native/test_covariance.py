@@ -1,0 +1,169 @@
+"""The covariance: what it sums, in however many passes, and that a killed run ends as an uninterrupted one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from dynrun.calibration.imatrix import read_imatrix
+from dynrun.calibration.sequences import TokenSequence
+from dynrun.calibration.stage import IMATRIX_FILE, ImatrixSettings, Job, make_covariance, make_imatrix
+from dynrun.errors import DoesNotFitError
+from dynrun.models import open_reference
+from tests.tiny import write_tiny_llama
+
+pytestmark = pytest.mark.native
+N_CTX = 64
+
+
+def sequences(n: int, n_tokens: int = 40) -> list[TokenSequence]:
+    random = np.random.default_rng(7)
+    return [TokenSequence(f"s{i}", "noise", tuple(random.integers(3, 250, n_tokens).tolist())) for i in range(n)]
+
+
+def job(folder: Path, n: int = 30, *, n_expert: int = 0, **settings: int | float) -> Job:
+    model = write_tiny_llama(folder / f"tiny-{n_expert}.gguf", n_expert=n_expert)
+    wanted = replace(ImatrixSettings(n_tokens=n * 40, n_ctx=N_CTX, min_expert_tokens=0), **settings)  # type: ignore[arg-type]
+    return Job(open_reference(str(model)), sequences(n), wanted, "noise", "none")
+
+
+def inputs(job: Job, weight: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32] | None]:
+    """All rows of one input, and which expert each went to."""
+    rows, experts = [], []
+    with job.engine() as engine:
+        first = engine.input_of[weight]
+        for batch in job.batches:
+            engine.watch_inputs(batch, lambda a: (rows.append(a.x), experts.append(a.experts)), only=[first])
+    return np.concatenate(rows), None if experts[0] is None else np.concatenate(experts)
+
+
+def test_it_is_the_sum_of_outer_products_and_its_diagonal_the_imatrix(tmp_path: Path) -> None:
+    what = job(tmp_path)
+    matrices, imatrix = make_covariance(what).covariance, make_imatrix(what)
+    for name in ("blk.0.attn_k.weight", "blk.1.ffn_down.weight", "output.weight"):
+        x = inputs(what, name)[0].astype(np.float64)
+        assert np.allclose(matrices.matrix(name), x.T @ x, rtol=1e-4, atol=1e-4 * len(x)), name
+        sums = read_imatrix(imatrix.path).sums[name][0]
+        assert np.allclose(np.diag(matrices.matrix(name)), sums, rtol=1e-5), name
+
+
+def test_each_expert_has_its_own(tmp_path: Path) -> None:
+    what = job(tmp_path, n_expert=4)
+    matrices = make_covariance(what).covariance
+    for name in ("blk.0.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight"):
+        x, experts = inputs(what, name)
+        for expert in range(4):
+            rows = x[experts == expert].astype(np.float64)
+            assert np.allclose(matrices.matrix(name, expert), rows.T @ rows, rtol=1e-4, atol=1e-4 * len(rows)), name
+
+
+def test_less_memory_means_more_passes_and_the_same_matrices(tmp_path: Path) -> None:
+    what = job(tmp_path, n_expert=4)
+    once = make_covariance(what)
+    many = make_covariance(replace(what, settings=replace(what.settings, covariance_memory=512 * 512 * 12)))
+    assert many.outcome.cached  # how it was computed is no part of what it is
+    folder = what.folder("covariance")
+    before = {name: once.covariance.matrix(name) for name in once.covariance.input_of}
+    for path in folder.path.iterdir():
+        path.unlink()
+    many = make_covariance(replace(what, settings=replace(what.settings, covariance_memory=512 * 512 * 12)))
+    assert (once.n_passes, many.n_passes) == (1, 13)
+    for name, matrix in before.items():
+        assert np.array_equal(many.covariance.matrix(name), matrix), name
+
+
+def test_memory_for_not_even_one_matrix_is_said_before_anything_is_decoded(tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFitError, match=r"takes 0\.00 GB.*--covariance-memory 1M"):
+        make_covariance(job(tmp_path, covariance_memory=1000))
+
+
+def test_the_imatrix_is_the_same_with_and_without_a_covariance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    what = job(tmp_path, n_expert=4)
+    alone = make_imatrix(what).path.read_bytes()
+    monkeypatch.setenv("DYNRUN_CACHE", str(tmp_path / "other"))
+    make_covariance(what)
+    found = make_imatrix(what)
+    assert found.outcome.result["n_tokens"] == 1200
+    assert found.path.read_bytes() == alone
+
+
+_PROGRAM = """
+import sys, time
+from pathlib import Path
+from tests.native.test_covariance import job
+from dynrun.calibration.stage import make_covariance, make_imatrix
+from dataclasses import replace
+what = job(Path(sys.argv[1]), 400, n_expert=4, checkpoint_s=0.0)
+def slowly(done, total, note):
+    print(int(done), flush=True)
+    time.sleep(0.02)
+what = replace(what, progress=slowly)
+make_covariance(what) if sys.argv[2] == "covariance" else make_imatrix(what)
+"""
+
+
+@pytest.mark.parametrize("stage", ["imatrix", "covariance"])
+def test_a_run_that_was_killed_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    monkeypatch.setenv("DYNRUN_CACHE", str(tmp_path / "whole"))
+    what = job(tmp_path, 400, n_expert=4)
+    whole = files(what, stage)
+    monkeypatch.setenv("DYNRUN_CACHE", str(tmp_path / "killed"))
+    for least in (5000, 11000):
+        child = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, str(tmp_path), stage], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        seen = [int(next(child.stdout))]
+        while seen[-1] < least:
+            seen.append(int(next(child.stdout)))
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        assert not what.folder(stage).complete
+        # The second run went on from where the first one's last checkpoint was.
+        assert (seen[0] > 600) is (least == 11000)
+    assert files(what, stage) == whole
+
+
+def files(what: Job, stage: str) -> dict[str, bytes]:
+    if stage == "covariance":
+        make_covariance(what)
+        return {path.name: path.read_bytes() for path in what.folder(stage).path.glob("*.npy")}
+    make_imatrix(what)
+    return {IMATRIX_FILE: (what.folder(stage) / IMATRIX_FILE).read_bytes()}
+
+
+def test_text_goes_on_until_each_expert_has_its_tokens(tmp_path: Path) -> None:
+    what = job(tmp_path, 60, n_expert=8)
+    few = replace(what, settings=replace(what.settings, n_tokens=400))
+    base = make_imatrix(few)
+    assert base.n_tokens == 400
+    wanted = base.least_expert_tokens + 40
+    more = make_imatrix(replace(few, settings=replace(few.settings, min_expert_tokens=wanted)))
+    assert 400 < more.n_tokens < 2400
+    assert more.least_expert_tokens >= wanted
+    assert more.short_experts == 0
+    capped = make_imatrix(replace(few, settings=replace(few.settings, min_expert_tokens=10**6)))
+    assert capped.n_tokens == 2400
+    assert capped.short_experts == capped.n_experts == 16
+
+
+def test_an_expert_that_saw_nothing_has_its_layers_mean(tmp_path: Path) -> None:
+    what = job(tmp_path, 1, n_expert=64, min_expert_tokens=50)
+    made = make_imatrix(what)
+    imatrix = read_imatrix(made.path)
+    assert made.least_expert_tokens == 0
+    for name in ("blk.0.ffn_down_exps.weight", "blk.1.ffn_gate_exps.weight"):
+        seen, mean = imatrix.seen[name], imatrix.mean(name)
+        assert mean is not None
+        x, _ = inputs(what, name)
+        layer = (x.astype(np.float64) ** 2).mean(axis=0)
+        assert np.allclose(mean[seen == 0], layer, rtol=1e-4), name
