@@ -232,8 +232,7 @@ class _Job:
 
     def run(self, journal: _Journal, progress: Progress) -> None:
         """Ask until the journal has enough."""
-        # Left in this order the server goes first, which breaks off the answers that nobody waits for any more.
-        with ThreadPoolExecutor(self.settings.n_parallel) as pool, self._server() as server, server.client() as client:
+        with self._server() as server, server.client() as client, ThreadPoolExecutor(self.settings.n_parallel) as pool:
             templated = self.chat_template is not None or "tokenizer.chat_template" in self.reference.header.metadata
             asker = _Asker(client, self.settings, templated, server.log)
             try:
@@ -241,6 +240,9 @@ class _Job:
             except httpx.TransportError as error:
                 broken = DynrunError(f"llama-server stopped answering: {error}", fix="see its log", log=server.log)
                 raise server.death() or broken from error
+            finally:
+                # What is still being answered is not needed, or there is an error to be shown now.
+                server.kill()
 
     def _server(self) -> Server:
         return Server(
@@ -330,7 +332,7 @@ class _Asker:
         choice, usage = answer["choices"][0], answer["usage"]
         message = choice["message"] if self.templated else {"content": choice["text"]}
         whole = {name: str(message.get(name) or "") for name in ("reasoning_content", "content")}
-        said = {name: without_loop(text) for name, text in whole.items() if text.strip()}
+        said = {name: cut for name, text in whole.items() if (cut := without_loop(text)).strip()}
         if not said:
             return {}
         share = sum(map(len, said.values())) / sum(map(len, whole.values()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -74,48 +75,67 @@ class ChatTemplate:
             fix="give another with --chat-template FILE",
         )
 
-    def _forms(self, name: str, conversation: Conversation) -> Iterator[tuple[list[Message], list[Message] | None]]:
+    def _forms(self, name: str, conversation: Conversation) -> Iterator[tuple[list[Message], list[Message]]]:
         """What to try, the fullest first."""
         source = self._sources()[name]
         messages = [_with_thoughts(message, source) for message in conversation.messages]
-        tools = conversation.tools or None
-        calls = any(m.get("tool_calls") for m in messages)
-        if not calls:
-            yield messages, tools
+        if not any(m.get("tool_calls") for m in messages):
+            yield messages, conversation.tools
         elif "tool_calls" in source:
             as_text = self._wants_text_arguments(name)
-            yield [_with_arguments(m, as_text) for m in messages], tools
-        yield [{"role": m["role"], "content": _written_out(m)} for m in messages], tools
-        yield _only_user_and_assistant(messages), None
+            yield [_with_arguments(m, as_text) for m in messages], conversation.tools
+        written = [{"role": m["role"], "content": _written_out(m)} for m in messages]
+        yield written, conversation.tools
+        yield _system_merged(written), conversation.tools
+        yield _only_user_and_assistant(messages), []
 
     def _wants_text_arguments(self, name: str) -> bool:
         """Whether a tool call's arguments must be JSON text: transformers gives objects, some templates print them raw.
 
-        As llama.cpp finds it (common/chat.cpp, common/jinja/caps.cpp): by rendering a call.
+        As llama.cpp finds it (common/jinja/caps.cpp): by rendering a call.
         """
         if name not in self._argument_form:
-            call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"needle": "thread"}}}
-            asked: list[Message] = [
-                {"role": "user", "content": "f"},
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-            ]
-            tool = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {}}}
-            text = self._ask(name, asked, [tool], None, False).get("text", "")
-            self._argument_form[name] = "needle" not in text or "'needle'" in text
+            as_object, as_text = (self._call_rendered(name, form) for form in ({"needle": "x"}, '{"needle": "x"}'))
+            good = "needle" in as_object and "'needle'" not in as_object
+            self._argument_form[name] = not good and '"needle"' in as_text
         return self._argument_form[name]
 
+    def _call_rendered(self, name: str, arguments: Any) -> str:
+        call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        asked: list[Message] = [
+            {"role": "user", "content": "f"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        parameters = {
+            "type": "object",
+            "properties": {"needle": {"type": "string", "description": "x"}},
+            "required": [],
+        }
+        function = {"name": "f", "description": "f", "parameters": parameters}
+        answer = self._ask(name, asked, [{"type": "function", "function": function}], None, False)
+        # The tool's own description has the needle too.
+        return str(answer.get("text", "")).rpartition("f")[2]
+
     def _ask(
-        self, name: str, messages: list[Message], tools: list[Message] | None, thinking: bool | None, prompt: bool
+        self, name: str, messages: list[Message], tools: list[Message], thinking: bool | None, prompt: bool
     ) -> dict[str, Any]:
+        """One rendering, with the variables that llama-server gives (common/chat.cpp, common/jinja/caps.cpp)."""
         variables = {
             "messages": messages,
-            "tools": tools,
             "add_generation_prompt": prompt,
             "bos_token": self.bos,
             "eos_token": self.eos,
+            "date_string": self.today.strftime("%d %b %Y"),
+            "datetime": self.today.strftime("%b %d %Y"),
+            "enable_thinking": thinking is not False and _has_thoughts(self._sources()[name]),
+            # Thoughts of earlier turns stay.
+            "preserve_thinking": True,
+            "clear_thinking": False,
+            "truncate_history_thinking": False,
+            "drop_thinking": False,
         }
-        if thinking is not None:
-            variables["enable_thinking"] = thinking
+        if tools:
+            variables["tools"] = tools
         return self._running().ask({"template": name, "variables": variables}, self.deadline_s)
 
     def _running(self) -> _Child:
@@ -137,9 +157,6 @@ class ChatTemplate:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
 
@@ -179,7 +196,8 @@ class _Child:
             encoding="utf-8", env={"PYTHONIOENCODING": "utf-8"},
         )  # fmt: skip
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         # Starting Python takes its time on a busy machine: that is not the template's.
         answer = self.ask({"templates": dict(sources), "today": today.isoformat()}, deadline_s + 60)
         if "error" in answer:
@@ -213,21 +231,26 @@ class _Child:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        # ValueError: closed by kill().
-        with suppress(ValueError):
-            for line in self._process.stdout:
-                self._lines.put(line)
+        for line in self._process.stdout:
+            self._lines.put(line)
         self._lines.put("")
 
     def kill(self) -> None:
         """End it."""
         self._process.kill()
         self._process.wait()
+        # Its output has ended: the thread reads no more when the pipe is closed.
+        self._reader.join()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 # What was not sent yet cannot be.
                 with suppress(OSError):
                     stream.close()
+
+
+def _has_thoughts(source: str) -> bool:
+    """Whether a template writes thoughts: one that only looks at the switch has it off, as in llama-server."""
+    return re.search(r"think|reason", source.replace("enable_thinking", ""), re.IGNORECASE) is not None
 
 
 def _with_thoughts(message: Message, source: str) -> Message:
@@ -236,9 +259,12 @@ def _with_thoughts(message: Message, source: str) -> Message:
     rest = {key: value for key, value in message.items() if key != "reasoning_content"}
     if not thoughts:
         return rest
+    if "block['thinking']" in source:
+        text = {"type": "text", "text": rest.get("content") or ""}
+        return {**rest, "content": [{"type": "thinking", "thinking": thoughts, "closed": True}, text]}
     if any(name in source for name in _THOUGHTS):
         return {**rest, **{name: thoughts for name in _THOUGHTS if name in source}}
-    if "<think>" in source or "</think>" in source:
+    if "think>" in source and "split('</think>')" not in source:
         return {**rest, "content": f"<think>\n{thoughts}\n</think>\n\n{rest.get('content') or ''}"}
     return rest
 
@@ -267,9 +293,20 @@ def _parsed(text: str) -> Any:
 
 def _written_out(message: Message) -> str:
     """The text of a message, its tool calls written out for templates that know none."""
-    parts = [message.get("content") or ""]
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "\n".join(part.get("text", "") for part in content)
+    parts = [content]
     parts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or []]
     return "\n".join(part for part in parts if part)
+
+
+def _system_merged(messages: list[Message]) -> list[Message]:
+    """Without a system message, its text before the next one's; as llama.cpp (system_message_not_supported)."""
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return messages
+    merged = {**messages[1], "content": f"{messages[0]['content']}\n{messages[1]['content']}"}
+    return [merged, *messages[2:]]
 
 
 def _only_user_and_assistant(messages: list[Message]) -> list[Message]:

@@ -17,10 +17,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, Undefined, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import SandboxedEnvironment
 
 MAX_CHARACTERS = 8 << 20
 _MEMORY_BYTES = 1 << 30
@@ -42,10 +42,27 @@ class Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def environment(today: datetime) -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers (utils/chat_template_utils.py) and llama.cpp (common/jinja) have it for templates."""
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+class Nothing(Undefined):
+    """A value that is not there: added to a text it is empty, as in llama.cpp."""
+
+    def __add__(self, other: Any) -> Any:
+        return other
+
+    def __radd__(self, other: Any) -> Any:
+        return other
+
+
+def environment(today: datetime) -> SandboxedEnvironment:
+    """Jinja as transformers (utils/chat_template_utils.py) and llama.cpp (common/jinja) have it for templates.
+
+    Lists may be changed, as by some models' templates: they are copies.
+    """
+    made = SandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation], undefined=Nothing
+    )
     made.filters["tojson"] = _tojson
+    # Nothing here is HTML: "safe" strings would escape what is added to them.
+    made.filters["safe"] = str
     made.globals["raise_exception"] = _raise
     made.globals["strftime_now"] = today.strftime
     return made

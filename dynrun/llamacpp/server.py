@@ -53,7 +53,7 @@ class Death:
 
 # "0.00.005.166 E gguf_init_from_file: failed to open …" (common/log.cpp); aborts and loader errors come without prefix.
 _LINE = re.compile(r"^\d+\.\d\d\.\d{3}\.\d{3} ([A-Z]) (.*)$")
-_FUNCTION = re.compile(r"^(?:(?:srv|cmn|slot) +)?[\w ()]+?: (?:error loading model: )?")
+_FUNCTION = re.compile(r"^(?:(?:srv|cmn|slot) +)?[\w ()]+?: (?:error(?: loading model)?: )?")
 _LISTENING = re.compile(rf"^\S+ I srv +llama_server: listening on http://{re.escape(_HOST)}:(\d+)$", re.MULTILINE)
 _MEMORY = re.compile(
     r"cudaMalloc failed|out of memory|insufficient memory|OutOfDeviceMemory|bad_alloc|cannot allocate memory"
@@ -182,6 +182,12 @@ class Server:
     def stop(self) -> None:
         """End the server; its log stays."""
         self._open.close()
+
+    def kill(self) -> None:
+        """End the server at once, where nobody waits for its answers: asked politely, it completes them first."""
+        assert self._child is not None
+        self._child.kill()
+        self._child.wait()
 
     def client(self) -> httpx.Client:
         """A client with the server's URL and key. No proxy of the environment is asked: the server is this machine."""

@@ -82,6 +82,19 @@ def test_the_context_is_capped_to_what_the_model_was_trained_for(model: Path) ->
         assert client.get("/props").json()["default_generation_settings"]["n_ctx"] == 1024
 
 
+def test_slots_have_contexts_of_their_own_and_the_template_that_is_given(model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    with (
+        Server(model, n_threads=1, n_ctx=512, n_parallel=3, chat_template=template) as server,
+        server.client() as client,
+    ):
+        properties = client.get("/props").json()
+        assert (properties["total_slots"], properties["default_generation_settings"]["n_ctx"]) == (3, 512)
+        asked = {"messages": [{"role": "user", "content": "a"}]}
+        assert client.post("/apply-template", json=asked).json()["prompt"] == "[a]"
+
+
 def test_a_model_of_unknown_architecture_is_named_as_the_cause(model: Path, tmp_path: Path) -> None:
     strange = tmp_path / "strange.gguf"
     strange.write_bytes(model.read_bytes().replace(b"llama", b"lxama"))

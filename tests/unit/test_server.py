@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dynrun.errors import DynrunError
+from dynrun.errors import DynrunError, NotFoundError
 from dynrun.llamacpp.build import RECORD, installation
 from dynrun.llamacpp.server import Server, ServerDiedError, ServerOutOfMemoryError, cause_of_death
 from tests.tiny import write_tiny_llama
@@ -51,6 +51,12 @@ ABORT_IN_MEMORY = """\
 0.00.048.359 E ggml_aligned_malloc: insufficient memory (attempted to allocate  19.73 MB)
 """
 ABORT = "/src/ggml/src/ggml-quants.c:4112: GGML_ASSERT(besti1 >= 0 && besti2 >= 0 && best_k >= 0) failed\n"
+TEMPLATE = """\
+error: the supplied chat template is not supported: {% for m in
+0.00.001.240 E common_chat_templates_init: error: parser: Parser Error: Unexpected EOF
+0.00.001.240 E common_chat_templates_init: failed to initialize chat template
+0.00.001.251 E common_chat_verify_template: failed to apply template: std::exception
+"""
 BIND = """\
 0.00.003.241 E srv         start: couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 18124
 0.00.003.330 E srv  llama_server: exiting due to HTTP server error
@@ -69,6 +75,7 @@ BIND = """\
         pytest.param(ABORT, -6, "aborted", "GGML_ASSERT(besti1 >= 0", id="aborted"),
         pytest.param("", -6, "aborted", "SIGABRT", id="aborted-silently"),
         pytest.param("", -11, "other", "SIGSEGV", id="crashed"),
+        pytest.param(TEMPLATE, 1, "other", "the chat template is of no use: parser: Parser Error", id="template"),
         pytest.param(BIND, 1, "other", "couldn't bind HTTP server socket", id="port"),
         pytest.param("error: invalid argument: --nosuch\n", 1, "other", "invalid argument: --nosuch", id="argument"),
         pytest.param("", 3, "other", "exit code 3", id="silent"),
@@ -158,6 +165,22 @@ def test_the_key_is_in_the_environment_and_not_in_the_arguments(
     assert server.api_key not in argv + server.log.read_text()
     assert "--host 127.0.0.1 " in argv
     assert "-c 512 " in argv, "the context is capped to what the model was trained for"
+
+
+def test_each_of_several_slots_gets_the_context_asked_for(
+    llama_server: FakeServer, model: Path, tmp_path: Path
+) -> None:
+    llama_server(f'echo "$@" > {tmp_path}/argv; exit 1')
+    with pytest.raises(ServerDiedError), Server(model, n_threads=1, n_ctx=256, n_parallel=8):
+        pass
+    argv = (tmp_path / "argv").read_text()
+    assert "-c 2048 -np 8 " in argv
+    assert "--chat-template-file" not in argv
+
+
+def test_a_chat_template_that_is_no_file_is_refused_before_the_start(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no file"):
+        Server(model, n_threads=1, chat_template=tmp_path)
 
 
 def test_every_server_has_a_key_of_its_own(model: Path) -> None:

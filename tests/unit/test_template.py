@@ -26,7 +26,9 @@ TALK = Conversation(
 
 
 def test_a_conversation_is_rendered_by_the_models_template() -> None:
-    assert ChatTemplate(CHATML).render(TALK) == (
+    with ChatTemplate(CHATML) as template:
+        text = template.render(TALK)
+    assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\nHello.<|im_end|>\n"
     )
@@ -38,17 +40,21 @@ def test_without_a_template_the_text_is_plain() -> None:
 
 def test_a_template_that_refuses_system_roles_gets_the_simpler_form() -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-    assert "<|im_start|>user\nBe brief.\n\nHi<|im_end|>" in ChatTemplate(strict).render(TALK)
+    with ChatTemplate(strict) as template:
+        assert "<|im_start|>user\nBe brief.\nHi<|im_end|>" in template.render(TALK)
 
 
 def test_a_template_that_refuses_everything_is_an_error_that_names_the_conversation() -> None:
-    with pytest.raises(DynrunError, match="conversation t: never"):
-        ChatTemplate("{{ raise_exception('never') }}").render(TALK)
+    with (
+        ChatTemplate("{{ raise_exception('never') }}") as template,
+        pytest.raises(DynrunError, match="conversation t: never"),
+    ):
+        template.render(TALK)
 
 
 def test_bos_and_dates_are_the_same_every_day() -> None:
-    template = ChatTemplate("{{ bos_token }}{{ strftime_now('%Y') }}", bos="<s>")
-    assert template.render(TALK) == "<s>2026"
+    with ChatTemplate("{{ bos_token }}{{ strftime_now('%Y') }}", bos="<s>") as template:
+        assert template.render(TALK) == "<s>2026"
 
 
 def test_tool_calls_are_written_out_for_templates_that_know_none() -> None:
@@ -56,16 +62,14 @@ def test_tool_calls_are_written_out_for_templates_that_know_none() -> None:
     talk = Conversation(
         "c", "tools", [{"role": "user", "content": "1"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     )
-    assert '{"name": "add", "arguments": {"a": 1}}' in ChatTemplate(CHATML).render(talk)
+    with ChatTemplate(CHATML) as template:
+        assert '{"name": "add", "arguments": {"a": 1}}' in template.render(talk)
 
 
 def test_json_in_templates_is_not_escaped_for_html() -> None:
-    assert (
-        ChatTemplate("{{ messages[0]['content'] | tojson }}").render(
-            Conversation("j", "x", [{"role": "user", "content": "a < b & c"}])
-        )
-        == '"a < b & c"'
-    )
+    talk = Conversation("j", "x", [{"role": "user", "content": "a < b & c"}])
+    with ChatTemplate("{{ messages[0]['content'] | tojson }}") as template:
+        assert template.render(talk) == '"a < b & c"'
 
 
 @pytest.mark.parametrize(
@@ -76,7 +80,6 @@ def test_json_in_templates_is_not_escaped_for_html() -> None:
         "{{ raise_exception.__globals__['os'].system('id') }}",
         "{% include '/etc/passwd' %}",
         "{% import '/etc/passwd' as x %}",
-        "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
         "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
     ],
 )
@@ -156,9 +159,13 @@ def test_thoughts_stand_where_the_template_has_them(source: str, text: str) -> N
         assert template.render(THINKING) == text
 
 
-@pytest.mark.parametrize(("thinking", "text"), [(True, "on"), (False, "off"), (None, "unset")])
-def test_the_thinking_switch_is_given_only_where_the_conversation_has_one(thinking: bool | None, text: str) -> None:
-    source = "{% if enable_thinking is not defined %}unset{% elif enable_thinking %}on{% else %}off{% endif %}"
+@pytest.mark.parametrize(("thinking", "text"), [(True, "on"), (False, "off"), (None, "on")])
+def test_thinking_is_on_unless_the_conversation_says_otherwise_as_in_llama_server(
+    thinking: bool | None, text: str
+) -> None:
+    source = (
+        "{% if enable_thinking is not defined %}unset{% elif enable_thinking %}on{% else %}off{% endif %}{# <think> #}"
+    )
     with ChatTemplate(source) as template:
         assert template.render(Conversation("t", "x", TALK.messages, thinking=thinking)) == text
 

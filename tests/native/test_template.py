@@ -1,0 +1,153 @@
+"""Chat templates as llama-server renders them: every template that llama.cpp ships, on seven conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynrun.calibration.conversation import Conversation
+from dynrun.calibration.template import ChatTemplate
+from dynrun.llamacpp.server import Server
+from tests.tiny import write_tiny_llama
+
+pytestmark = pytest.mark.native
+FOLDER = Path(__file__).resolve().parents[2] / "vendor" / "llama.cpp" / "models" / "templates"
+TEMPLATES = sorted(FOLDER.glob("*.jinja"))
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather at a place",
+        "parameters": {
+            "type": "object",
+            "properties": {"place": {"type": "string", "description": "A town"}, "days": {"type": "integer"}},
+            "required": ["place"],
+        },
+    },
+}
+CALL = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": {"place": "Gôteborg", "days": 2}},
+}
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+SYSTEM = {"role": "system", "content": "Answer briefly."}
+CONVERSATIONS = [
+    Conversation("single", "x", [user("Why is the sky blue?")]),
+    Conversation("system", "x", [SYSTEM, user("Why?")]),
+    Conversation("turns", "x", [user("Hi"), assistant("Hello."), user("1 < 2 & 'a'?"), assistant("Yes."), user("Ok")]),
+    Conversation("unicode", "x", [SYSTEM, user("Ünïcode: 日本語 🙂\n\n```py\nprint(f'{1:>3}')\n```\n")]),
+    Conversation("thoughts", "x", [user("1+1"), assistant("2", reasoning_content="One and one."), user("And 2+2?")]),
+    Conversation("unthinking", "x", [user("1+1"), assistant("2"), user("And 2+2?")], thinking=False),
+    Conversation(
+        "tools",
+        "x",
+        [
+            user("Weather?"),
+            assistant("", tool_calls=[CALL]),
+            {"role": "tool", "tool_call_id": "call00001", "name": "get_weather", "content": '{"sky": "grey"}'},
+            assistant("Grey."),
+            user("Thanks"),
+        ],
+        tools=[WEATHER],
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf", n_embd=64, n_ff=64, n_block=1)
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, model: Path) -> Iterator[Server]:
+    with Server(model, n_threads=1, n_ctx=64, chat_template=request.param) as running:
+        yield running
+
+
+def theirs(server: Server, conversation: Conversation) -> str | None:
+    """What llama-server renders; None where it refuses."""
+    messages = [_over_http(message) for message in conversation.messages]
+    body: dict[str, Any] = {"messages": messages, "tools": conversation.tools}
+    if conversation.thinking is not None:
+        body["chat_template_kwargs"] = {"enable_thinking": conversation.thinking}
+    with server.client() as client:
+        response = client.post("/apply-template", json=body)
+    return str(response.json()["prompt"]) if response.is_success else None
+
+
+def _over_http(message: dict[str, Any]) -> dict[str, Any]:
+    """As the OpenAI API has it: arguments are JSON text."""
+    calls = [
+        {**c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}}
+        for c in message.get("tool_calls", [])
+    ]
+    return {**message, **({"tool_calls": calls} if calls else {})}
+
+
+# What differs, why, and how the difference shows: both texts are given to the check.
+Check = Callable[[str, str | None], bool]
+WRITTEN = '{"name": "get_weather", "arguments": {"place": "Gôteborg", "days": 2}}'
+
+
+def calls_kept(ours: str, theirs: str | None) -> bool:
+    """The template knows no calls: llama-server loses them, we write them out as text."""
+    return WRITTEN in ours and theirs is not None and "Gôteborg" not in theirs
+
+
+EXPLAINED: dict[tuple[str, str], Check] = {
+    **dict.fromkeys(
+        [
+            ("HuggingFaceTB-SmolLM3-3B", "tools"),
+            ("LFM2-8B-A1B", "tools"),
+            ("LFM2.5-Instruct", "tools"),
+            ("ibm-granite-granite-3.3-2B-Instruct", "tools"),
+            ("llama-cpp-rwkv-world", "tools"),
+            ("microsoft-Phi-3.5-mini-instruct", "tools"),
+        ],
+        calls_kept,
+    ),
+    # It tells the model how to call tools in words of its own, where the template has no place for them.
+    ("llama-cpp-deepseek-r1", "tools"): lambda o, t: WRITTEN in o and "You can call any of the following" in str(t),
+    # Its roles must alternate: llama-server refuses, we merge.
+    ("google-gemma-2-2b-it", "tools"): lambda o, t: WRITTEN in o and t is None,
+    # An outdated template, says llama-server, and moves the tool's answer into the assistant's turn.
+    ("google-gemma-4-31B-it-interleaved", "tools"): lambda o, t: "turn>tool" in o and "tool_response>" in str(t),
+    # It strips every message for this model.
+    ("StepFun3.5-Flash", "unicode"): lambda o, t: "```\n<|im_end|>" in o and "```<|im_end|>" in str(t),
+    # With thoughts it loses what the assistant said.
+    ("unsloth-mistral-Devstral-Small-2507", "thoughts"): lambda o, t: "[/INST]2<" in o and "[/INST]<" in str(t),
+}
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="vendor/llama.cpp/models/templates is not there")
+@pytest.mark.parametrize("server", TEMPLATES, indirect=True, ids=lambda path: path.stem)
+def test_a_template_renders_as_in_llama_server(server: Server) -> None:
+    path = server.chat_template
+    assert path is not None
+    source = path.read_text(encoding="utf-8")
+    # llama-server tells the template today's date.
+    with ChatTemplate(source, "<|im_start|>", "<|im_end|>", today=datetime.now().astimezone()) as template:
+        for conversation in CONVERSATIONS:
+            text, other = template.render(conversation, add_generation_prompt=True), theirs(server, conversation)
+            explained = EXPLAINED.get((path.stem, conversation.id))
+            if explained is None:
+                assert text == other, conversation.id
+            else:
+                assert text != other, f"{conversation.id} is equal: no explanation is needed"
+                assert explained(text, other), conversation.id
