@@ -8,6 +8,7 @@ Tokenizes nothing.
 from __future__ import annotations
 
 import json
+import os
 import queue
 import re
 import subprocess
@@ -33,6 +34,17 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 Message = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _CallForm:
+    """How a template wants tool calls: arguments as JSON text or as an object, the content beside them empty or none.
+
+    transformers gives objects and OpenAI text; some templates print whatever they get.
+    """
+
+    as_text: bool
+    empty: str | None
+
+
 @dataclass
 class ChatTemplate:
     """A Jinja template; without one (``source`` None) plain text. A context manager: its child ends with it.
@@ -49,7 +61,7 @@ class ChatTemplate:
     today: datetime = TODAY
     deadline_s: float = _DEADLINE_S
     _child: _Child | None = None
-    _argument_form: dict[str, bool] = field(default_factory=dict)
+    _call_forms: dict[str, _CallForm | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.source is not None and self.origin == PLAIN_TEXT:
@@ -78,43 +90,43 @@ class ChatTemplate:
     def _forms(self, name: str, conversation: Conversation) -> Iterator[tuple[list[Message], list[Message]]]:
         """What to try, the fullest first."""
         source = self._sources()[name]
-        messages = [_with_thoughts(message, source) for message in conversation.messages]
+        messages = [_with_thoughts(_with_content(message), source) for message in conversation.messages]
         if not any(m.get("tool_calls") for m in messages):
             yield messages, conversation.tools
-        elif "tool_calls" in source:
-            as_text = self._wants_text_arguments(name)
-            yield [_with_arguments(m, as_text) for m in messages], conversation.tools
+        elif (form := self._call_form(name)) is not None:
+            called = [one for m in messages for one in _called(m, form)]
+            yield called, conversation.tools
+            # gpt-oss takes thoughts or words beside a call, not both; as llama.cpp (common/parsers/gpt-oss.cpp).
+            if any(_thinks_and_calls(m) for m in called):
+                yield [{**m, "content": ""} if _thinks_and_calls(m) else m for m in called], conversation.tools
         written = [{"role": m["role"], "content": _written_out(m)} for m in messages]
         yield written, conversation.tools
         yield _system_merged(written), conversation.tools
         yield _only_user_and_assistant(messages), []
 
-    def _wants_text_arguments(self, name: str) -> bool:
-        """Whether a tool call's arguments must be JSON text: transformers gives objects, some templates print them raw.
+    def _call_form(self, name: str) -> _CallForm | None:
+        """How the template wants tool calls; None where it knows none.
 
-        As llama.cpp finds it (common/jinja/caps.cpp): by rendering a call.
+        Found by rendering a call, as llama.cpp does (common/jinja/caps.cpp).
         """
-        if name not in self._argument_form:
-            as_object, as_text = (self._call_rendered(name, form) for form in ({"needle": "x"}, '{"needle": "x"}'))
-            good = "needle" in as_object and "'needle'" not in as_object
-            self._argument_form[name] = not good and '"needle"' in as_text
-        return self._argument_form[name]
+        if name not in self._call_forms:
+            forms = (_CallForm(as_text, empty) for empty in ("", None) for as_text in (False, True))
+            self._call_forms[name] = next((form for form in forms if self._renders(name, form)), None)
+        return self._call_forms[name]
 
-    def _call_rendered(self, name: str, arguments: Any) -> str:
+    def _renders(self, name: str, form: _CallForm) -> bool:
+        arguments = {"needle": "x"}
         call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
         asked: list[Message] = [
-            {"role": "user", "content": "f"},
+            {"role": "user", "content": "x"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
         ]
-        parameters = {
-            "type": "object",
-            "properties": {"needle": {"type": "string", "description": "x"}},
-            "required": [],
-        }
-        function = {"name": "f", "description": "f", "parameters": parameters}
-        answer = self._ask(name, asked, [{"type": "function", "function": function}], None, False)
-        # The tool's own description has the needle too.
-        return str(answer.get("text", "")).rpartition("f")[2]
+        described = {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}}
+        messages = [one for message in asked for one in _called(message, form)]
+        answer = self._ask(name, messages, [{"type": "function", "function": described}], None, False)
+        text = str(answer.get("text", ""))
+        # 'needle' is Python's way to write an object, \"needle\" text that is quoted once more: neither is meant.
+        return '"needle"' in text if form.as_text else "needle" in text and "'needle'" not in text
 
     def _ask(
         self, name: str, messages: list[Message], tools: list[Message], thinking: bool | None, prompt: bool
@@ -164,11 +176,14 @@ def template_of(header: Header, bos: str, eos: str, override: Path | None = None
     """The template in a GGUF's metadata, or in the file ``override``; plain text where there is none."""
     if override is not None:
         return ChatTemplate(read_template(override), bos, eos, f"--chat-template {override}")
-    source, tools = header.metadata.get(_KEY), header.metadata.get(f"{_KEY}.tool_use")
-    if not isinstance(source, str) or not source.strip():
-        return ChatTemplate(None, bos, eos)
-    origin = f"{_KEY} of {header.path.name}"
-    return ChatTemplate(source, bos, eos, origin, tools if isinstance(tools, str) else None)
+    source, tools = (header.metadata.get(key) for key in (_KEY, f"{_KEY}.tool_use"))
+    default, for_tools = (one if isinstance(one, str) and one.strip() else None for one in (source, tools))
+    if default is None:
+        # As llama.cpp (common_chat_templates_init in common/chat.cpp).
+        origin = f"{_KEY}.tool_use of {header.path.name}" if for_tools else PLAIN_TEXT
+        return ChatTemplate(for_tools, bos, eos, origin)
+    origin = f"{_KEY} of {header.path.name}" + (f", {_KEY}.tool_use with tools" if for_tools else "")
+    return ChatTemplate(default, bos, eos, origin, for_tools)
 
 
 def read_template(path: Path) -> str:
@@ -189,17 +204,19 @@ class _Child:
 
     def __init__(self, sources: Mapping[str, str], today: datetime, origin: str, deadline_s: float) -> None:
         self._origin = origin
-        # Nothing of the user's environment; -I: no module of the working folder.
+        # Nothing of the user's environment (Windows starts no program without this); -I: no module of the folder.
+        environment = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
         argv = [sys.executable, "-I", "-m", "dynrun.calibration.template_worker"]
         self._process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            encoding="utf-8", env={"PYTHONIOENCODING": "utf-8"},
+            encoding="utf-8", env=environment,
         )  # fmt: skip
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         # Starting Python takes its time on a busy machine: that is not the template's.
-        answer = self.ask({"templates": dict(sources), "today": today.isoformat()}, deadline_s + 60)
+        setup = {"templates": dict(sources), "today": today.isoformat(), "deadline_s": deadline_s}
+        answer = self.ask(setup, deadline_s + 60)
         if "error" in answer:
             self.kill()
             raise DynrunError(
@@ -269,19 +286,32 @@ def _with_thoughts(message: Message, source: str) -> Message:
     return rest
 
 
-def _with_arguments(message: Message, as_text: bool) -> Message:
+def _with_content(message: Message) -> Message:
+    """OpenAI's null beside a tool call; templates would print None."""
+    return message if message.get("content") is not None else {**message, "content": ""}
+
+
+def _called(message: Message, form: _CallForm) -> list[Message]:
+    """A message whose tool calls are as the template wants them."""
     if not message.get("tool_calls"):
-        return message
+        return [message]
     calls = []
     for call in message["tool_calls"]:
         function = call["function"]
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
-            arguments = arguments if as_text else _parsed(arguments)
-        elif as_text:
+            arguments = arguments if form.as_text else _parsed(arguments)
+        elif form.as_text:
             arguments = json.dumps(arguments, ensure_ascii=False)
         calls.append({**call, "function": {**function, "arguments": arguments}})
-    return {**message, "tool_calls": calls}
+    if form.empty is not None:
+        return [{**message, "tool_calls": calls}]
+    said = [{key: value for key, value in message.items() if key != "tool_calls"}] if message["content"] else []
+    return [*said, {"role": message["role"], "content": None, "tool_calls": calls}]
+
+
+def _thinks_and_calls(message: Message) -> bool:
+    return bool(message.get("tool_calls") and message.get("content") and any(message.get(k) for k in _THOUGHTS))
 
 
 def _parsed(text: str) -> Any:
@@ -295,7 +325,7 @@ def _written_out(message: Message) -> str:
     """The text of a message, its tool calls written out for templates that know none."""
     content = message.get("content") or ""
     if isinstance(content, list):
-        content = "\n".join(part.get("text", "") for part in content)
+        content = "\n".join(part["text"] for part in content if part.get("text"))
     parts = [content]
     parts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or []]
     return "\n".join(part for part in parts if part)

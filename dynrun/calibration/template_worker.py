@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 MAX_CHARACTERS = 8 << 20
 _MEMORY_BYTES = 1 << 30
+_MAX_ERROR = 500
 _PARENT_POLL_S = 1.0
 # Ends with an error: for those Jinja imports more.
 _WARM_UP = (
@@ -102,9 +104,9 @@ def _limit() -> None:
     with contextlib.suppress(OSError, ValueError):
         used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY_BYTES, used + _MEMORY_BYTES))
-    for limit, value in ((resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 3)):
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(limit, (value, value))
+    for name, value in {"FSIZE": 0, "CORE": 0, "NPROC": 0, "NOFILE": 3}.items():
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
 def _die_with(parent: int) -> None:
@@ -114,18 +116,29 @@ def _die_with(parent: int) -> None:
     os._exit(1)
 
 
+def _alarm(seconds: float) -> None:
+    """End this process then: within one long computation the thread above never runs. 0: never."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _failure(error: Exception) -> str:
+    """What happened, in one line of bounded length."""
+    if isinstance(error, MemoryError):
+        return "it needs more memory than a template may have"
+    if isinstance(error, RecursionError):
+        return "it calls itself without end"
+    text = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+    line = " ".join(text[:_MAX_ERROR].split())
+    return "".join(filter(str.isprintable, line)) or type(error).__name__
+
+
 def _answer(templates: dict[str, Template], request: dict[str, Any]) -> dict[str, Any]:
     """``text``, or ``error`` with what the template raised."""
     try:
         return {"text": _rendered(templates[request["template"]], request["variables"])}
-    except TemplateError as error:
-        return {"error": str(error) or type(error).__name__}
-    except MemoryError:
-        return {"error": "it needs more memory than a template may have"}
-    except RecursionError:
-        return {"error": "it calls itself without end"}
     except Exception as error:  # whatever a hostile template makes of Python's types
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": _failure(error)}
 
 
 def main() -> None:
@@ -137,15 +150,19 @@ def main() -> None:
     _answer({"": made.from_string(_WARM_UP)}, {"template": "", "variables": {}})
     # Compiling computes constants: it is the template's doing already.
     _limit()
+    _alarm(setup["deadline_s"] + _PARENT_POLL_S)
     answer: dict[str, Any] = {"ok": True}
     templates: dict[str, Template] = {}
     try:
         templates = {name: made.from_string(source) for name, source in setup["templates"].items()}
-    except (TemplateError, RecursionError, MemoryError) as error:
-        answer = {"error": str(error) or type(error).__name__}
+    except Exception as error:  # Python's compiler has limits of its own
+        answer = {"error": _failure(error)}
     print(json.dumps(answer), flush=True)
+    _alarm(0)
     for line in sys.stdin:
+        _alarm(setup["deadline_s"] + _PARENT_POLL_S)
         print(json.dumps(_answer(templates, json.loads(line))), flush=True)
+        _alarm(0)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ import typer
 from typer.exceptions import TyperException
 
 from dynrun import __version__
-from dynrun.cli import allocate, demo, doctor, eval_kld, imatrix, ls, make, quantize, run, sensitivity
+from dynrun.cli import allocate, demo, doctor, eval_kld, imatrix, ls, make, quantize, run, sensitivity, show
 from dynrun.errors import INTERRUPTED_EXIT_CODE, DynrunError, UsageError
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(make.make, run.run, ls.ls, doctor.doctor, demo.demo),
+    *(make.make, run.run, ls.ls, show.show, doctor.doctor, demo.demo),
     *(imatrix.imatrix, sensitivity.sensitivity, allocate.allocate, quantize.quantize),
 )
 

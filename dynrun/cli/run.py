@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dynrun.cli import options
 from dynrun.cli.output import emit, say
 from dynrun.errors import UsageError
 
@@ -28,7 +29,8 @@ def run(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest.")] = 0.7,
     seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**32 - 2, help="For the same answer again.")] = None,
     ctx: Annotated[int, typer.Option("--ctx", min=1, help="Context in tokens; at most what the model has.")] = 4096,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    chat_template: options.ChatTemplate = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Ask a model once; text that is piped in is part of the question.
 
@@ -45,7 +47,7 @@ def run(
 
     config = load_config()
     path = resolve(model).path
-    if not has_chat_template(path):
+    if chat_template is None and not has_chat_template(path):
         say(f"{path.name} has no chat template: it is given plain text")
     given = answer(
         path,
@@ -57,6 +59,7 @@ def run(
         n_threads=config.n_threads,
         n_ctx=ctx,
         n_gpu_layers=config.n_gpu_layers,
+        chat_template=chat_template,
         on_text=(lambda _: None) if as_json else _print,
     )
     emit(as_json, _data(given, path, placement()) if as_json else {}, lambda: _show(given))

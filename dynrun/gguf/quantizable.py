@@ -31,7 +31,8 @@ _KEPT_GLM5_NEXT = (
 # llama-quantize checks no imatrix for these tensors; ggml_quantize_chunk still asserts for these types.
 _UNCHECKED = frozenset({"token_embd.weight", "per_layer_token_embd.weight", "output.weight"})
 _ASSERTING = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
-# An MTP block is never run by what measures the rest: it gets a type that is good without a measurement.
+# An MTP block may have an imatrix entry, but no evaluation or probe runs it (it changes the speed of drafts, not the
+# logits): it gets a type that is good without a measurement.
 _UNMEASURED_MIN_BPW = 4.5
 
 
@@ -49,13 +50,18 @@ def quantizable(header: Header) -> dict[str, TensorInfo]:
     return {n: t for n, t in header.tensors.items() if is_quantizable(t, header.architecture)}
 
 
-def is_mtp(name: str, metadata: Mapping[str, Any]) -> bool:
-    """Whether a tensor lies in a multi-token-prediction block, which no evaluation runs."""
+def mtp_blocks(metadata: Mapping[str, Any]) -> range:
+    """The numbers of the multi-token-prediction blocks, the last of a model's blocks; empty where it has none."""
     architecture = metadata.get("general.architecture", "")
     n_block = metadata.get(f"{architecture}.block_count", 0)
     n_mtp = metadata.get(f"{architecture}.nextn_predict_layers", 0)
+    return range(n_block - n_mtp, n_block)
+
+
+def is_mtp(name: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether a tensor lies in a multi-token-prediction block, which no evaluation runs."""
     match = re.match(r"blk\.(\d+)\.", name)
-    return bool(match and n_mtp and int(match[1]) >= n_block - n_mtp)
+    return bool(match and int(match[1]) in mtp_blocks(metadata))
 
 
 def candidate_types(

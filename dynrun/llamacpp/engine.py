@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dynrun.errors import DynrunError
+from dynrun.gguf.header import read_header
+from dynrun.gguf.quantizable import is_mtp, mtp_blocks
 from dynrun.llamacpp.graph import (
     Activation,
     Dispatcher,
@@ -29,7 +31,8 @@ from dynrun.llamacpp.graph import (
     skippable,
 )
 from dynrun.llamacpp.library import GgmlTensor, ggml, llama
-from dynrun.llamacpp.vocabulary import Vocabulary, load_model
+from dynrun.llamacpp.mtp import MtpRunner, why_not
+from dynrun.llamacpp.vocabulary import LlamaLog, Vocabulary, load_model
 
 Logits = npt.NDArray[np.float32]
 Tokens = Sequence[int]
@@ -56,12 +59,25 @@ class Prefix:
 
 
 class Engine(Vocabulary):
-    """Open with :meth:`open`, use as a context manager. Not thread-safe: one decode at a time."""
+    """Open with :meth:`open`, use as a context manager. Not thread-safe: one decode at a time.
 
-    def __init__(self, path: Path, model: Any, context: Any, dispatcher: Dispatcher, keep_alive: tuple[Any, ...]):
+    ``mtp_missing``: why the model's MTP blocks are not run; empty where they are, or where it has none.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model: Any,
+        context: Any,
+        dispatcher: Dispatcher,
+        keep_alive: tuple[Any, ...],
+        mtp: MtpRunner | None = None,
+        mtp_missing: str = "",
+    ):
         super().__init__(path, model, keep_alive)
         self._ggml = ggml()
         self._context, self._dispatcher = context, dispatcher
+        self._mtp, self.mtp_missing = mtp, mtp_missing
         self.n_ctx: int = self._llama.llama_n_ctx(context)
         self.n_batch: int = self._llama.llama_n_batch(context)
         self.n_seq_max: int = self._llama.llama_n_seq_max(context)
@@ -73,7 +89,7 @@ class Engine(Vocabulary):
 
         Raises NotFoundError for a missing file, DynrunError where llama.cpp refuses it.
         """
-        model, log = load_model(path, n_gpu_layers=n_gpu_layers)
+        model, log, has_mtp, mtp_missing = _load(path, n_gpu_layers)
         lib, dispatcher = llama(), Dispatcher()
         callback = lib.ggml_backend_sched_eval_callback(dispatcher)
         settings = lib.llama_context_default_params()
@@ -86,10 +102,16 @@ class Engine(Vocabulary):
         if not context:
             lib.llama_model_free(model)
             raise DynrunError(f"no context of {n_ctx} tokens for {path}: {log.last_error()}", fix="free some memory")
-        return cls(path, model, context, dispatcher, (callback, log))
+        mtp = MtpRunner.open(model, context, settings, dispatcher) if has_mtp else None
+        if has_mtp and mtp is None:
+            mtp_missing = f"llama.cpp makes no context for the MTP blocks: {log.last_error()}"
+        return cls(path, model, context, dispatcher, (callback, log), mtp, mtp_missing)
 
     def close(self) -> None:
         """Free the model."""
+        if self._mtp is not None:
+            self._mtp.close()
+            self._mtp = None
         if self._context is not None:
             self._llama.llama_free(self._context)
             self._context = None
@@ -111,14 +133,25 @@ class Engine(Vocabulary):
         """Decode the sequences of ``batch`` together and give the inputs of the weights to ``consume``.
 
         Each input once, under the name of the first weight that reads it (:attr:`input_of`); with ``only`` the inputs
-        of these names alone. Rows are the positions of all sequences, one after another.
+        of these names alone. Rows are the positions of all sequences, one after another. MTP blocks run after the
+        decode, their inputs come in several parts.
         """
         names = {w.pointer: n for n, w in self.weights.items() if self.input_of.get(n) == n}
         if only is not None:
             names = {pointer: name for pointer, name in names.items() if name in only}
+        heads = {pointer: name for pointer, name in names.items() if is_mtp(name, self.header.metadata)}
         # All positions are outputs, or the last layer would see only some.
         n_tokens = sum(len(tokens) for tokens in batch)
-        self._decode(batch, tuple(range(n_tokens)), WatchInputs(self._ggml, names, consume), copy=False)
+        outputs, tap = tuple(range(n_tokens)), WatchInputs(self._ggml, names, consume)
+        if self._mtp is None or not heads:
+            self._decode(batch, outputs, tap, copy=False)
+            return
+        with self._mtp.states_kept():
+            self._decode(batch, outputs, tap, copy=False)
+            states = self._mtp.states(n_tokens)
+        # Only what the MTP blocks own: they end in the model's output.weight too, whose statistics (and so its
+        # rounding) are to serve the answers that are given, not the drafts, nor count every token twice.
+        self._mtp.run(batch, states, WatchInputs(self._ggml, heads, consume))
 
     def record(self, tokens: Tokens, outputs: Sequence[int]) -> tuple[Prefix, Logits]:
         """Decode and keep every layer's output, so that :meth:`resume` can start at any layer."""
@@ -150,18 +183,13 @@ class Engine(Vocabulary):
         lib = self._llama
         lib.llama_memory_clear(lib.llama_get_memory(self._context), False)
         batch = lib.llama_batch_init(n_tokens, 0, 1)
-        self._dispatcher.tap, self._dispatcher.error = tap, None
         try:
             _fill(batch, sequences, set(outputs))
-            status = lib.llama_decode(self._context, batch)
-            lib.llama_synchronize(self._context)
+            with self._dispatcher.tapping(tap):
+                status = lib.llama_decode(self._context, batch)
+                lib.llama_synchronize(self._context)
         finally:
             lib.llama_batch_free(batch)
-            self._dispatcher.tap = None
-            if tap is not None:
-                tap.finish()
-        if self._dispatcher.error is not None:
-            raise self._dispatcher.error
         if status != 0:
             raise DynrunError(f"llama_decode failed with {status} on {self.path}")
         if not copy:
@@ -179,16 +207,20 @@ class Engine(Vocabulary):
 
     def _find_weights(self) -> tuple[dict[str, Weight], Mapping[str, str]]:
         """Decode one token and look at what every node reads: the weights, and for each the first with its input."""
+        first = self.bos if self.bos >= 0 else 0
         tap = FindTensors(self._ggml, self.header.tensors)
-        self._decode([[self.bos if self.bos >= 0 else 0]], (0,), tap)
-        found = {}
-        for name, pointer in tap.found.items():
-            tensor = GgmlTensor.from_address(pointer)
-            shape = list(tensor.ne)
-            while len(shape) > 1 and shape[-1] == 1:
-                shape.pop()
-            found[name] = Weight(name, pointer, tensor.type, tuple(shape))
-        return found, tap.input_of
+        self._decode([[first]], (0,), tap)
+        pointers, input_of = tap.found, tap.input_of
+        if self._mtp is not None:
+            own = [name for name in self.header.tensors if is_mtp(name, self.header.metadata)]
+            try:
+                heads = list(self._mtp.find(self._ggml, first, own))
+            except DynrunError as error:
+                self._mtp.close()
+                self._mtp, self.mtp_missing, heads = None, error.message, []
+            for head in heads:
+                pointers, input_of = pointers | head.found, input_of | head.input_of
+        return {name: _weight(name, pointer) for name, pointer in pointers.items()}, input_of
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a weight as it is now."""
@@ -204,6 +236,26 @@ class Engine(Vocabulary):
             yield
         finally:
             self._ggml.set_tensor_bytes(pointer, original)
+
+
+def _load(path: Path, n_gpu_layers: int) -> tuple[Any, LlamaLog, bool, str]:
+    """The model, what it logs, whether its MTP blocks were loaded, and why not where it has some."""
+    header = read_header(path)
+    missing = why_not(header)
+    if mtp_blocks(header.metadata) and not missing:
+        try:
+            return *load_model(path, n_gpu_layers=n_gpu_layers, load_mtp=True), True, ""
+        except DynrunError as error:  # the blocks may be what does not fit into memory
+            missing = error.message
+    return *load_model(path, n_gpu_layers=n_gpu_layers), False, missing
+
+
+def _weight(name: str, pointer: int) -> Weight:
+    tensor = GgmlTensor.from_address(pointer)
+    shape = list(tensor.ne)
+    while len(shape) > 1 and shape[-1] == 1:
+        shape.pop()
+    return Weight(name, pointer, tensor.type, tuple(shape))
 
 
 def _fill(batch: Any, sequences: Sequence[Tokens], outputs: set[int]) -> None:

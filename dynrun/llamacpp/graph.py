@@ -8,7 +8,8 @@ ask=false for a node whose data somebody asked for (ggml-backend.cpp, ggml_backe
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,17 +108,20 @@ class WatchInputs(Tap):
         if node.op == self.dense and node.name == b"result_output":
             node.op = self.lib.ops["NONE"]
             self._logits.append(node)
-            return node.src[0] in self.weights
+            return True
         if node.op not in (self.dense, self.routed) or node.src[0] not in self.weights:
             return False
         return bool(GgmlTensor.from_address(node.src[1]).type == F32_TYPE)
 
     def finish(self) -> None:
-        # llama.cpp may use the same graph for the next decode.
-        for node in self._logits:
-            node.op = self.dense
+        while self._logits:
+            self._logits.pop().op = self.dense
 
     def got(self, pointer: int, node: GgmlTensor) -> None:
+        # At once: llama.cpp may use the same graph again, or its memory for the graph of the batch's next part.
+        self.finish()
+        if node.src[0] not in self.weights:
+            return
         name = self.weights[node.src[0]]
         x = strided(self.lib, node.src[1])
         if node.op != self.routed:
@@ -217,11 +221,24 @@ class Resume(Tap):
 
 
 class Dispatcher:
-    """The C callback of a context; forwards to the current tap and keeps an exception raised there."""
+    """The C callback of contexts; forwards to the current tap and keeps an exception raised there."""
 
     def __init__(self) -> None:
         self.tap: Tap | None = None
         self.error: BaseException | None = None
+
+    @contextmanager
+    def tapping(self, tap: Tap | None) -> Iterator[None]:
+        """Have ``tap`` called during one decode; an exception raised there is raised at the end."""
+        self.tap, self.error = tap, None
+        try:
+            yield
+        finally:
+            self.tap = None
+            if tap is not None:
+                tap.finish()
+        if self.error is not None:
+            raise self.error
 
     def __call__(self, pointer: int, ask: bool, _: ctypes.c_void_p) -> bool:
         if self.tap is None or self.error is not None:

@@ -81,15 +81,17 @@ class Vocabulary:
         return frozenset(t for t in range(self.n_vocab) if self._llama.llama_vocab_is_eog(self._vocab, t))
 
 
-def load_model(path: Path, *, n_gpu_layers: int = -1, vocab_only: bool = False) -> tuple[Any, LlamaLog]:
-    """llama.cpp's model, and what it logs. Raises NotFoundError or DynrunError."""
+def load_model(
+    path: Path, *, n_gpu_layers: int = -1, vocab_only: bool = False, load_mtp: bool = False
+) -> tuple[Any, LlamaLog]:
+    """llama.cpp's model, with ``load_mtp`` its MTP blocks too, and what it logs. Raises NotFoundError, DynrunError."""
     if not path.is_file():
         raise NotFoundError(f"{path} does not exist", fix="check the path")
     read_header(path)
     lib = llama()
     log = LlamaLog(lib)
     params = lib.llama_model_default_params()
-    params.n_gpu_layers, params.vocab_only = n_gpu_layers, vocab_only
+    params.n_gpu_layers, params.vocab_only, params.load_mtp = n_gpu_layers, vocab_only, load_mtp
     # Weights must lie in memory of their own, in their own layout, to be replaced in place.
     params.load_mode, params.use_extra_bufts = lib.LLAMA_LOAD_MODE_NONE, False
     model = lib.llama_model_load_from_file(str(path).encode(), params)

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from dynrun.calibration.template import read_template
 from dynrun.errors import DynrunError, UsageError
 from dynrun.gguf.header import read_header
 from dynrun.llamacpp import tools
@@ -63,16 +64,23 @@ def answer(
     n_ctx: int,
     on_text: Callable[[str], None],
     n_gpu_layers: int = -1,
+    chat_template: Path | None = None,
 ) -> Answer:
-    """Ask the model at ``path`` once; ``on_text`` gets the answer's text as it comes. ``seed`` -1 is a random one.
+    """Ask the model at ``path`` once; ``on_text`` gets the answer's text as it comes. ``seed`` -1 is a random one;
+    ``chat_template`` a Jinja file instead of the model's own.
 
-    Raises UsageError where the prompt is longer than the context, ServerDiedError, with its cause, where llama-server
-    died, at whatever moment.
+    Raises UsageError where the prompt is longer than the context or the template is no text, ServerDiedError, with its
+    cause, where llama-server died, at whatever moment.
     """
+    if chat_template is not None:
+        # With an empty one llama-server takes the model's own and says nothing.
+        read_template(chat_template)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stream": True}
-    endpoint, asked = _request(path, prompt, system)
+    templated = chat_template is not None or has_chat_template(path)
+    endpoint, asked = _request(templated, prompt, system)
     parts = _Parts(on_text)
-    with Server(path, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as server, server.client() as client:
+    serving = Server(path, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers, chat_template=chat_template)
+    with serving as server, server.client() as client:
         try:
             for event in _events(client, endpoint, {**asked, **sampling}, server):
                 parts.take(event)
@@ -86,8 +94,8 @@ def answer(
     return Answer("".join(parts.text), "".join(parts.reasoning), parts.timings)
 
 
-def _request(path: Path, prompt: str, system: str | None) -> tuple[str, dict[str, Any]]:
-    if not has_chat_template(path):
+def _request(templated: bool, prompt: str, system: str | None) -> tuple[str, dict[str, Any]]:
+    if not templated:
         # llama-server would put another model's template around it.
         return "/v1/completions", {"prompt": prompt if system is None else f"{system}\n\n{prompt}"}
     messages = [] if system is None else [{"role": "system", "content": system}]

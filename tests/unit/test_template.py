@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from gguf import GGUFWriter
 
 from dynrun.calibration.conversation import Conversation
-from dynrun.calibration.template import ChatTemplate
-from dynrun.errors import DynrunError
+from dynrun.calibration.template import ChatTemplate, read_template, template_of
+from dynrun.errors import DynrunError, UsageError
+from dynrun.gguf.header import Header, read_header
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
@@ -100,6 +105,8 @@ def test_a_template_cannot_reach_files_or_internals(source: str) -> None:
         ),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "calls itself without end"),
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ raise_exception('a\n\n\x1b[2Jb' * 9999) }}", r"fails on conversation t: a \[2Jba"),
+        ("{% if true %}" * 200 + "x" + "{% endif %}" * 200, "SyntaxError"),
     ],
 )
 def test_a_hostile_template_ends_in_one_line(source: str, reason: str) -> None:
@@ -176,6 +183,31 @@ CALLING = Conversation(
 )
 
 
+def test_calls_of_a_template_that_wants_no_content_beside_them_come_after_what_was_said() -> None:
+    source = (
+        "{% for m in messages %}{% if m.content is none %}{% for c in m.tool_calls %}<{{ c.function.arguments }}>"
+        "{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    said = Conversation("c", "x", [{"role": "assistant", "content": "I add.", "tool_calls": [CALL]}])
+    with ChatTemplate(source) as template:
+        assert template.render(said) == 'I add.<{"a": "ö"}>'
+
+
+def test_words_give_way_to_thoughts_where_a_template_takes_one_of_them_beside_a_call() -> None:
+    source = (
+        "{% for m in messages %}{% if m.content and m.thinking and m.tool_calls %}{{ raise_exception('not both') }}"
+        "{% endif %}{{ m.thinking }}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    message = {"role": "assistant", "content": "I add.", "reasoning_content": "Hm.", "tool_calls": [CALL]}
+    with ChatTemplate(source) as template:
+        assert template.render(Conversation("c", "x", [message])) == 'Hm.{"a": "ö"}'
+
+
+def test_no_content_is_an_empty_one() -> None:
+    with ChatTemplate("[{{ messages[0].content }}]") as template:
+        assert template.render(Conversation("c", "x", [{"role": "assistant", "content": None}])) == "[]"
+
+
 @pytest.mark.parametrize("printed", ["arguments | tojson", "arguments"])
 def test_arguments_are_json_whether_a_template_wants_them_as_object_or_as_text(printed: str) -> None:
     source = "{% for c in messages[1].tool_calls %}{{ c.function." + printed + " }}{% endfor %}"
@@ -192,6 +224,72 @@ def test_a_template_for_tools_is_used_for_conversations_with_tools() -> None:
 def test_plain_text_is_no_conversation() -> None:
     with ChatTemplate(CHATML) as template:
         assert template.render(Conversation("t", "text", [], text="= Title =\n")) == "= Title =\n"
+
+
+def header(tmp_path: Path, *, default: str | None, tool_use: str | None) -> Header:
+    path = tmp_path / "m.gguf"
+    writer = GGUFWriter(path, "llama")
+    for key, value in {"tokenizer.chat_template": default, "tokenizer.chat_template.tool_use": tool_use}.items():
+        if value is not None:
+            writer.add_string(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("default", "tool_use", "origin", "source"),
+    [
+        ("a", None, "tokenizer.chat_template of m.gguf", "a"),
+        ("a", "b", "tokenizer.chat_template of m.gguf, tokenizer.chat_template.tool_use with tools", "a"),
+        (None, "b", "tokenizer.chat_template.tool_use of m.gguf", "b"),
+        (None, None, "none: plain text", None),
+    ],
+)
+def test_where_a_template_came_from_is_told(
+    tmp_path: Path, default: str | None, tool_use: str | None, origin: str, source: str | None
+) -> None:
+    found = template_of(header(tmp_path, default=default, tool_use=tool_use), "", "")
+    assert (found.origin, found.source) == (origin, source)
+
+
+def test_a_file_replaces_the_models_template(tmp_path: Path) -> None:
+    file = tmp_path / "f.jinja"
+    file.write_text("mine", encoding="utf-8")
+    with template_of(header(tmp_path, default="a", tool_use="b"), "", "", file) as found:
+        assert found.origin == f"--chat-template {file}"
+        assert found.render(CALLING) == "mine"
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b" \n", "is empty"), (b"\xff", "cannot be read")])
+def test_a_file_that_is_no_template_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    file = tmp_path / "f.jinja"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=reason):
+        read_template(file)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="this system has no /proc")
+def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
+    program = (
+        "import os; from dynrun.calibration.conversation import Conversation; from dynrun.calibration.template import *\n"
+        "loops = '{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}'\n"
+        "one = ChatTemplate('x{% if messages %}' + loops + '{% endif %}', deadline_s=60)\n"
+        "one.render(Conversation('a', 'x', []))\n"
+        "print(one._child._process.pid, flush=True)\n"
+        "one.render(Conversation('a', 'x', [{'role': 'user', 'content': 'x'}]))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = Path("/proc", parent.stdout.readline().strip())
+        assert child.exists()
+        parent.kill()
+    for _ in range(200):
+        if not child.exists() or ") Z" in (child / "stat").read_text(encoding="ascii"):
+            return
+        time.sleep(0.05)
+    pytest.fail("it goes on without its parent")
 
 
 def test_what_marks_generated_text_is_left_out() -> None:
