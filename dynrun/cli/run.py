@@ -37,9 +37,7 @@ def run(
     Example: dynrun run demo -p "Summarise this in one sentence." < notes.txt
     """
     question = _question(prompt)
-    _check_text(system or "", "--system")
-    if not math.isfinite(temperature):
-        raise UsageError(f"--temperature {temperature} is no temperature", fix="give a number from 0 to about 2")
+    _check(system or "", temperature)
 
     from dynrun.config import load_config
     from dynrun.models import resolve
@@ -90,6 +88,12 @@ def _check_text(text: str, where: str) -> None:
     # Bytes of the command line that are no UTF-8 arrive as lone surrogates.
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UsageError(f"{where} is no UTF-8 text", fix="convert it, as with iconv -t UTF-8")
+
+
+def _check(system: str, temperature: float) -> None:
+    _check_text(system, "--system")
+    if not math.isfinite(temperature):
+        raise UsageError(f"--temperature {temperature} is no temperature", fix="give a number from 0 to about 2")
 
 
 def _data(given: Answer, path: Path, placement: dict[str, str]) -> dict[str, Any]:

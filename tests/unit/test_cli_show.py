@@ -50,7 +50,8 @@ def test_the_example_calls_tools_where_the_template_knows_them(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = (
-        "{{ bos_token }}{{ tools|length }}{{ messages[2].tool_calls[0].function.arguments | tojson }}{{ eos_token }}"
+        "{{ bos_token }}{{ tools|length }}{% for m in messages %}{% for c in m.tool_calls %}"
+        "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}{{ eos_token }}"
     )
     assert main(["show", str(model), "--template", "--chat-template", template(tmp_path, source)]) == 0
     out = capsys.readouterr().out
