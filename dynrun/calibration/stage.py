@@ -62,7 +62,7 @@ class ImatrixStage:
     """An imatrix: its file, hash, and how it was made.
 
     ``dataset`` is what the file says of its text; ``template`` where the chat template came from; ``missing`` weights
-    without an entry (MTP blocks where llama.cpp does not run them); ``short`` experts of all were topped up.
+    without an entry; ``mtp_missing`` why MTP blocks are among them; ``short`` experts of all were topped up.
     """
 
     path: Path
@@ -77,6 +77,7 @@ class ImatrixStage:
     least_expert_tokens: int
     tokens_per_second: float
     outcome: Outcome
+    mtp_missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Job:
             n_threads=self.config.n_threads,
             n_gpu_layers=self.config.n_gpu_layers,
             n_seq_max=_N_SEQ_MAX,
+            mtp=True,
         )
 
     def told(self, note: str) -> Callable[[int], None]:
@@ -237,6 +239,7 @@ def _write(job: Job, engine: Engine, sums: SquareSums, done: Pass, folder: Stage
         "tokens_per_second": round(done.tokens_per_second, 1),
         "dataset": job.dataset,
         "template": job.template,
+        "mtp_missing": engine.mtp_missing,
     }
 
 

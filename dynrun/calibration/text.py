@@ -28,7 +28,7 @@ from dynrun.models import Reference
 
 Progress = Callable[[float, float, str], None]
 # A tenth of the answers is for probing; prompts and answers count a little otherwise when they are rendered again.
-_SELF_MARGIN = 1.25
+_SELF_MARGIN = 1.17
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,8 @@ def notes(imatrix: ImatrixStage) -> list[str]:
         found.append("the model has no chat template: plain text was used")
     if imatrix.missing:
         found.append(f"no entry for {len(imatrix.missing)} tensors, the first {imatrix.missing[0]}")
+    if imatrix.mtp_missing:
+        found.append(f"MTP blocks were not run and keep 4.5 bits per weight or more: {imatrix.mtp_missing}")
     if imatrix.short_experts:
         found.append(
             f"{imatrix.short_experts} of {imatrix.n_experts} experts saw too few tokens (the least "

@@ -84,12 +84,22 @@ class Engine(Vocabulary):
         self.weights, self.input_of = self._find_weights()
 
     @classmethod
-    def open(cls, path: Path, *, n_ctx: int, n_threads: int, n_gpu_layers: int = -1, n_seq_max: int = 1) -> Self:
+    def open(
+        cls,
+        path: Path,
+        *,
+        n_ctx: int,
+        n_threads: int,
+        n_gpu_layers: int = -1,
+        n_seq_max: int = 1,
+        mtp: bool = False,
+    ) -> Self:
         """Load a GGUF; a decode takes up to ``n_ctx`` tokens in up to ``n_seq_max`` sequences.
 
-        Raises NotFoundError for a missing file, DynrunError where llama.cpp refuses it.
+        With ``mtp`` its MTP blocks too, which only :meth:`watch_inputs` runs. Raises NotFoundError for a missing file,
+        DynrunError where llama.cpp refuses it.
         """
-        model, log, has_mtp, mtp_missing = _load(path, n_gpu_layers)
+        model, log, has_mtp, mtp_missing = _load(path, n_gpu_layers, mtp)
         lib, dispatcher = llama(), Dispatcher()
         callback = lib.ggml_backend_sched_eval_callback(dispatcher)
         settings = lib.llama_context_default_params()
@@ -102,10 +112,10 @@ class Engine(Vocabulary):
         if not context:
             lib.llama_model_free(model)
             raise DynrunError(f"no context of {n_ctx} tokens for {path}: {log.last_error()}", fix="free some memory")
-        mtp = MtpRunner.open(model, context, settings, dispatcher) if has_mtp else None
-        if has_mtp and mtp is None:
+        runner = MtpRunner.open(model, context, settings, dispatcher) if has_mtp else None
+        if has_mtp and runner is None:
             mtp_missing = f"llama.cpp makes no context for the MTP blocks: {log.last_error()}"
-        return cls(path, model, context, dispatcher, (callback, log), mtp, mtp_missing)
+        return cls(path, model, context, dispatcher, (callback, log), runner, mtp_missing)
 
     def close(self) -> None:
         """Free the model."""
@@ -238,11 +248,11 @@ class Engine(Vocabulary):
             self._ggml.set_tensor_bytes(pointer, original)
 
 
-def _load(path: Path, n_gpu_layers: int) -> tuple[Any, LlamaLog, bool, str]:
+def _load(path: Path, n_gpu_layers: int, mtp: bool) -> tuple[Any, LlamaLog, bool, str]:
     """The model, what it logs, whether its MTP blocks were loaded, and why not where it has some."""
     header = read_header(path)
-    missing = why_not(header)
-    if mtp_blocks(header.metadata) and not missing:
+    missing = why_not(header) if mtp else ""
+    if mtp and mtp_blocks(header.metadata) and not missing:
         try:
             return *load_model(path, n_gpu_layers=n_gpu_layers, load_mtp=True), True, ""
         except DynrunError as error:  # the blocks may be what does not fit into memory

@@ -32,7 +32,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(path: Path) -> Engine:
-    return Engine.open(path, n_ctx=512, n_threads=2, n_seq_max=4)
+    return Engine.open(path, n_ctx=512, n_threads=2, n_seq_max=4, mtp=True)
 
 
 def inputs(engine: Engine, batch: Sequence[Tokens]) -> Inputs:

@@ -12,6 +12,7 @@ import pytest
 
 from dynrun.calibration.conversation import Conversation
 from dynrun.calibration.dataset import builtin
+from dynrun.calibration.generated import shipped_prompts
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +27,29 @@ def words(conversation: Conversation) -> int:
 
 
 def test_there_are_enough_conversations_of_enough_kinds(conversations: tuple[Conversation, ...]) -> None:
-    assert len(conversations) >= 80
-    assert len({c.kind for c in conversations}) >= 8
-    assert len({c.language for c in conversations}) >= 5
-    assert sum(map(words, conversations)) >= 60_000
+    assert len(conversations) >= 240
+    assert len({c.kind for c in conversations}) >= 12
+    assert len({c.language for c in conversations}) >= 8
+    assert sum(map(words, conversations)) >= 120_000
     assert sorted(map(words, conversations))[len(conversations) // 2] >= 200
+
+
+def test_the_kinds_of_text_that_models_meet_are_there(conversations: tuple[Conversation, ...]) -> None:
+    assert sum(words(c) >= 1500 for c in conversations) >= 15
+    assert sum(sum(m["role"] == "user" for m in c.messages) >= 3 for c in conversations) >= 30
+    assert sum(any(m.get("tool_calls") for m in c.messages) for c in conversations) >= 20
+    assert sum(any(m.get("reasoning_content") for m in c.messages) for c in conversations) >= 20
+    assert {True, False} <= {c.thinking for c in conversations}
+    written = Counter(name.lower() for c in conversations for name in re.findall(r"^```(\w+)", c.words, re.MULTILINE))
+    assert {"python", "rust", "go", "c", "java", "sql", "bash"} <= set(written)
+
+
+def test_there_are_prompts_for_the_model_to_answer() -> None:
+    prompts = shipped_prompts()
+    assert len(prompts) >= 600
+    assert len({prompt.id for prompt in prompts}) == len({prompt.prompt for prompt in prompts}) == len(prompts)
+    assert len({prompt.language for prompt in prompts}) >= 8
+    assert max(len(prompt.prompt.split()) for prompt in prompts) <= 80
 
 
 def test_every_conversation_is_well_formed(conversations: tuple[Conversation, ...]) -> None:
