@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dynrun.artifacts import sha256_bytes
 from dynrun.calibration.conversation import Conversation
-from dynrun.calibration.dataset import BUILTIN_NAME, Source, builtin
+from dynrun.calibration.dataset import Source, builtin
 from dynrun.calibration.generated import generate, read_transcript
 from dynrun.calibration.mixture import SELF_NAME, Ingredient, draw, open_ingredient, parse_mixture
 from dynrun.calibration.overlap import calibration_pool
@@ -171,6 +171,3 @@ def _name(ingredients: Sequence[Ingredient]) -> str:
     equal = len({one.weight for one in ingredients}) == 1
     names = [one.spec if one.spec.startswith("hf:") else Path(one.spec).name for one in ingredients]
     return ",".join(name if equal else f"{name}:{one.weight:g}" for name, one in zip(names, ingredients, strict=True))
-
-
-__all__ = ["BUILTIN_NAME", "Pool", "Text", "open_text", "template_for"]

@@ -108,7 +108,7 @@ def test_a_model_without_a_chat_template_is_calibrated_on_plain_text_and_that_is
     model = write_tiny_llama(tmp_path / "plain.gguf", n_vocab=512, chat_template=None)
     ran = dynrun("imatrix", model, *SMALL[:4], "--json")
     assert ran.exit_code == 0, ran.stderr
-    assert ran.json["template"] == "plain"
+    assert ran.json["template"] == "none: plain text"
     assert "no chat template: plain text was used" in ran.stderr
 
 

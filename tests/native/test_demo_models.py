@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from dynrun.calibration.dataset import builtin
-from dynrun.calibration.sequences import sequences
+from dynrun.calibration.sequences import Tokenizer, beginnings
+from dynrun.calibration.splits import split
+from dynrun.calibration.text import template_for
 from dynrun.demo import builtin as demo
 from dynrun.demo.rebase import dequantized, random_basis, rebase
 from dynrun.llamacpp import tools
@@ -31,8 +33,8 @@ def original(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def mean_kld(reference: Path, other: Path) -> float:
-    with Engine.open(reference, n_ctx=128, n_threads=2) as engine:
-        parts = sequences(engine, builtin(), "test", max_tokens=1024, n_ctx=128)
+    with Engine.open(reference, n_ctx=128, n_threads=2) as engine, template_for(engine) as template:
+        parts = beginnings(Tokenizer(engine, template, 128), split(builtin().conversations, "test"), max_tokens=1024)
         logits = [engine.logits(part.tokens) for part in parts]
     with Engine.open(other, n_ctx=128, n_threads=2) as engine:
         return float(
