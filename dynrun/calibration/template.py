@@ -203,7 +203,6 @@ class _Child:
     """A process that renders. Whatever a template does there, here it is an error in one line."""
 
     def __init__(self, sources: Mapping[str, str], today: datetime, origin: str, deadline_s: float) -> None:
-        self._origin = origin
         # Nothing of the user's environment (Windows starts no program without this); -I: no module of the folder.
         environment = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
         argv = [sys.executable, "-I", "-m", "dynrun.calibration.template_worker"]
