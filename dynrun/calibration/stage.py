@@ -104,7 +104,12 @@ class Job:
 
     def folder(self, stage: str) -> StageFolder:
         """Where the result of a stage lies, made or not."""
-        inputs = {
+        return stage_folder(stage, self._inputs)
+
+    @cached_property
+    def _inputs(self) -> dict[str, Any]:
+        # Once: hashing all tokens takes its time, and every pass of a covariance asks for a folder.
+        return {
             "reference": self.reference.sha256,
             "sequences": fingerprint(self.sequences),
             "n_tokens": self.settings.n_tokens,
@@ -113,7 +118,6 @@ class Job:
             "revision": _REVISION,
             "llama_cpp": installation().commit,
         }
-        return stage_folder(stage, inputs)
 
     @cached_property
     def base(self) -> list[Batch]:
