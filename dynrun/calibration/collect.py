@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -147,7 +148,7 @@ class Checkpoint:
             done = int(state["done"])
             if int(state["accumulators"]) != len(accumulators):
                 return 0
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return 0
         for i, accumulator in enumerate(accumulators):
             prefix = f"{i}:"
