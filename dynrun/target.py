@@ -1,20 +1,23 @@
-"""The wanted size in bytes: of a label, of bits per weight, or as given; and the stock preset to compare with.
+"""The wanted size in bytes: of a label, of bits per weight, or as given; and the stock presets to compare with.
 
-Takes what the user asked for, gives a budget; chooses no types.
+Takes what the user asked for, gives a budget, or all that the curve over sizes needs; chooses no types.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dynrun.allocation.stage import Budget, allocate
+from dynrun.allocation.constraints import NO_CONSTRAINTS, Constraints
+from dynrun.allocation.curve import Curve, trace
+from dynrun.allocation.stage import Budget, Priced, choose, options_for
 from dynrun.calibration.imatrix import read_imatrix
 from dynrun.calibration.stage import ImatrixStage
 from dynrun.errors import UsageError
 from dynrun.gguf.quantizable import candidate_types, quantizable
 from dynrun.models import Reference
 from dynrun.quantize import STOCK_PRESETS, Preset, fixed_bytes, stock_preset
-from dynrun.sensitivity.stage import TensorSensitivity
 
 # Over the stock preset of the same bits, as Unsloth's files of these names are.
 XL_LABELS = {"Q2_K_XL": ("Q2_K", 1.017), "Q3_K_XL": ("Q3_K_M", 1.020), "Q4_K_XL": ("Q4_K_M", 1.015)}
@@ -36,7 +39,8 @@ class Target:
         given = [value for value in (self.quant, self.bpw, self.size_bytes) if value is not None]
         if len(given) != 1:
             raise UsageError("say how large the file may be", fix="exactly one of --quant, --bpw and --size")
-        if self.bpw is not None and self.bpw <= 0:
+        # Not <= 0: a nan fails it too.
+        if self.bpw is not None and not 0 < self.bpw < math.inf:
             raise UsageError(f"{self.bpw} bits per weight make no file", fix="give a positive --bpw")
 
 
@@ -52,22 +56,68 @@ def budget_for(reference: Reference, imatrix: ImatrixStage, target: Target) -> t
         size = target.size_bytes or int((target.bpw or 0) * reference.header.n_elements / 8)
         label = f"{size * 8 / reference.header.n_elements:.2f}bpw"
         preset = nearest_preset(reference, imatrix, size)
-    return Budget(label, size, fixed_bytes(reference, imatrix, label)), preset
+    return Budget(label, size, fixed_bytes(reference, imatrix, label), preset.types), preset
+
+
+def presets_of(reference: Reference, imatrix: ImatrixStage) -> list[Preset]:
+    """Every stock preset that is meant for any model, smallest first; a dry run each."""
+    presets = [stock_preset(reference, name, imatrix) for name in STOCK_PRESETS if name not in _SPECIAL]
+    return sorted(presets, key=lambda preset: preset.size_bytes)
 
 
 def nearest_preset(reference: Reference, imatrix: ImatrixStage, size_bytes: int) -> Preset:
     """The largest stock preset of at most ``size_bytes``; the smallest of all where none is."""
-    presets = [stock_preset(reference, name, imatrix) for name in STOCK_PRESETS if name not in _SPECIAL]
+    presets = presets_of(reference, imatrix)
     fitting = [preset for preset in presets if preset.size_bytes <= size_bytes]
     return max(fitting, key=lambda p: p.size_bytes) if fitting else min(presets, key=lambda p: p.size_bytes)
 
 
-def check_budget(reference: Reference, imatrix: ImatrixStage, budget: Budget, menu: tuple[str, ...]) -> None:
-    """Raise DoesNotFitError now rather than after the probes, where no scheme can meet the budget."""
+def curve_for(
+    reference: Reference,
+    imatrix: ImatrixStage,
+    table: Mapping[str, Priced],
+    constraints: Constraints = NO_CONSTRAINTS,
+    n_points: int = 60,
+) -> Curve:
+    """The predicted KLD of every size, and the stock presets beside it (allocation/curve.py)."""
+    presets = [(preset.ftype, preset.size_bytes, preset.types) for preset in presets_of(reference, imatrix)]
+    # As of a label of the usual length, which differs by a byte at most.
+    fixed = fixed_bytes(reference, imatrix, "0.00bpw")
+    return trace(reference, imatrix, table, fixed, presets, constraints, n_points)
+
+
+@dataclass(frozen=True)
+class _Free:
+    """A tensor of which only the candidate types are known, all for nothing."""
+
+    errors: Mapping[str, float]
+
+    def price(self, type_name: str) -> float:
+        return self.errors[type_name]
+
+
+def check_budget(
+    reference: Reference,
+    imatrix: ImatrixStage,
+    budget: Budget,
+    menu: tuple[str, ...],
+    constraints: Constraints = NO_CONSTRAINTS,
+) -> None:
+    """Raise DoesNotFitError or UsageError now rather than after the probes, where no scheme can meet what is asked."""
+    choose(reference, imatrix, _free(reference, imatrix, menu), budget, constraints)
+
+
+def check_constraints(
+    reference: Reference, imatrix: ImatrixStage, menu: tuple[str, ...], constraints: Constraints
+) -> None:
+    """:func:`check_budget` where no size is wanted."""
+    options_for(reference, imatrix, _free(reference, imatrix, menu), constraints)
+
+
+def _free(reference: Reference, imatrix: ImatrixStage, menu: tuple[str, ...]) -> dict[str, _Free]:
     entries = read_imatrix(imatrix.path).sums
     metadata = reference.header.metadata
-    free = {
-        name: TensorSensitivity(None, dict.fromkeys(candidate_types(tensor, menu, entries, metadata), 0.0))
+    return {
+        name: _Free(dict.fromkeys(candidate_types(tensor, menu, entries, metadata), 0.0))
         for name, tensor in quantizable(reference.header).items()
     }
-    allocate(reference, imatrix, free, budget)

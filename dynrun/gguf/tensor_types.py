@@ -1,11 +1,15 @@
-"""GGUF tensor types: ids, block sizes, which stock engine loads them, and which an imatrix is needed for.
+"""GGUF tensor types: ids, block sizes, which stock engine loads them, which need an imatrix; and menus of them.
 
 Sizes are ggml's (ggml/src/ggml.c, type_traits); a native test compares them with the library's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
+
+from dynrun.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -76,3 +80,60 @@ DEFAULT_MENU: tuple[str, ...] = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "IQ4_NL"),
     *("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "F16"),
 )
+# Types of the last year or of few backends. llama-quantize makes all of them, without an imatrix, where the rows fit:
+# 32 columns (MXFP4), 64 (NVFP4, Q2_0), 128 (Q1_0), 256 (TQ1_0, TQ2_0).
+_NEW = ("Q1_0", "TQ1_0", "TQ2_0", "Q2_0", "MXFP4", "NVFP4")
+
+
+def _coarse_to_fine(types: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(types, key=lambda name: TENSOR_TYPES[name].bpw))
+
+
+# By name: `k` has no types with codebooks, which are slow on CPUs and old GPUs; `arm` those that Arm CPUs repack.
+MENUS: dict[str, tuple[str, ...]] = {
+    "all": DEFAULT_MENU,
+    "new": _coarse_to_fine((*DEFAULT_MENU, *_NEW)),
+    "k": tuple(name for name in DEFAULT_MENU if not name.startswith("IQ")),
+    "arm": ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+}
+# What a tensor can be stored in; the others are formats of indices and of f64.
+WEIGHT_TYPES = tuple(name for name in TENSOR_TYPES if name not in ("I8", "I16", "I32", "I64", "F64"))
+
+
+def known_type(text: str, where: str) -> str:
+    """The tensor type that ``text`` names, letter case aside; ``where`` begins the UsageError where there is none."""
+    name = text.strip().upper()
+    if name not in WEIGHT_TYPES:
+        near = get_close_matches(name, WEIGHT_TYPES, n=1, cutoff=0.0)
+        raise UsageError(f"{where}: unknown tensor type {text!r}", fix=f"the nearest is {near[0]}")
+    return name
+
+
+def parse_menu(text: str) -> tuple[str, ...]:
+    """A menu by its name, or the types of a comma-separated list, coarse to fine. Raises UsageError."""
+    if (named := MENUS.get(text.strip().lower())) is not None:
+        return named
+    where = f"--types {text}"
+    words = [word for word in text.split(",") if word.strip()]
+    if not words:
+        raise UsageError(f"{where!r} names no type", fix=f"give types, or a menu: {', '.join(MENUS)}")
+    if len(words) == 1 and words[0].strip().upper() not in WEIGHT_TYPES:
+        near = get_close_matches(words[0].lower(), [*MENUS, *map(str.lower, WEIGHT_TYPES)], n=1, cutoff=0.0)[0]
+        raise UsageError(
+            f"{where}: no menu and no tensor type of that name",
+            fix=f"the nearest is {near if near in MENUS else near.upper()}; menus: {', '.join(MENUS)}",
+        )
+    return _coarse_to_fine(sorted({known_type(word, where) for word in words}, key=WEIGHT_TYPES.index))
+
+
+def substitutes(menu: Iterable[str], possible: Collection[str]) -> list[str]:
+    """For a tensor that no type of ``menu`` can be given: for each of them the next finer of ``possible``.
+
+    As llama-quantize does (Q4_K → Q5_0, Q6_K → Q8_0 for rows that are no multiple of 256), but by name, so that its
+    own rule never fires, and with no more bits than needed (Q4_K → Q4_0). ``possible``: what the tensor can be given;
+    of equal bits a type without a codebook is preferred, as the menu may have none for a reason. Empty where nothing
+    is possible.
+    """
+    order = sorted(possible, key=lambda name: (TENSOR_TYPES[name].bpw, name.startswith("IQ"), name))
+    found = {next((n for n in order if TENSOR_TYPES[n].bpw >= TENSOR_TYPES[t].bpw), order[-1]) for t in menu if order}
+    return [name for name in order if name in found]
