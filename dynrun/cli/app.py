@@ -14,7 +14,7 @@ import typer
 from typer.exceptions import TyperException
 
 from dynrun import __version__
-from dynrun.cli import allocate, demo, doctor, eval_kld, imatrix, ls, make, quantize, run, sensitivity, show
+from dynrun.cli import allocate, demo, doctor, eval_kld, imatrix, ls, make, quantize, run, scheme, sensitivity, show
 from dynrun.errors import INTERRUPTED_EXIT_CODE, DynrunError, UsageError
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -35,6 +35,15 @@ for command in COMMANDS:
 evaluate = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure a model against its reference.")
 evaluate.command("kld")(eval_kld.eval_kld)
 app.add_typer(evaluate, name="eval")
+schemes = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Look at schemes, compare them, take them out of GGUFs; each with --json. Example: dynrun scheme show S.toml",
+)
+schemes.command("show")(scheme.show)
+schemes.command("diff")(scheme.diff)
+schemes.command("from")(scheme.from_gguf)
+app.add_typer(schemes, name="scheme")
 
 
 def _version(wanted: bool) -> None:

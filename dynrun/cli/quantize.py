@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dynrun.cli import options
-from dynrun.cli.output import StageReporter, emit, megabytes
+from dynrun.cli.output import StageReporter, emit, megabytes, say
 
 if TYPE_CHECKING:
-    from dynrun.make import Settings
+    from dynrun.choose import Settings
+
+SplitMaxSize = Annotated[
+    str | None,
+    typer.Option(
+        "--split-max-size",
+        metavar="SIZE",
+        help="Write shards of at most this size each: bytes, or as 500M, 2G (decimal); NAME-00001-of-0000N.gguf.",
+    ),
+]
 
 
 @options.calibrated
@@ -22,29 +31,47 @@ def quantize(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write the file (default: the cache).")
     ] = None,
+    split_max_size: SplitMaxSize = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Make the file that a scheme describes.
 
     Example: dynrun quantize demo demo-Q3_K_M.scheme.toml
     """
-    from dynrun.artifacts import link_or_copy
+    from dynrun.choose import imatrix_stage, read_texts
     from dynrun.gguf.quantizable import quantizable
-    from dynrun.make import imatrix_stage, read_texts
     from dynrun.models import made_path, open_reference
-    from dynrun.quantize import make_from_scheme
+    from dynrun.quantize import check_scheme, make_from_scheme
     from dynrun.scheme import check_architecture, read_scheme
 
+    shard_bytes = options.size_bytes(split_max_size) if split_max_size else None
     reference = open_reference(model)
     # The architecture first: of another model every tensor's name would be wrong, which says less.
     check_architecture(read_scheme(scheme), reference.header.architecture, reference.path)
     read = read_scheme(scheme, quantizable(reference.header))
+    # Before the imatrix, which takes minutes.
+    check_scheme(reference, read)
     reporter = StageReporter()
     texts = read_texts(reference, settings, reporter)
     imatrix = imatrix_stage(reference, texts, settings, reporter)
     reporter.stage("quantize", str(scheme))
-    made = make_from_scheme(reference, read, imatrix, n_threads=settings.config.n_threads, on_tensor=reporter.progress)
-    path = out or made_path(reference.name, read.label)
-    link_or_copy(made.path, path)
-    data = {"path": str(path), "size_bytes": made.size_bytes, "types": dict(made.types)}
-    emit(as_json, data, lambda: print(f"{path}  {megabytes(made.size_bytes)}"))
+    n_threads, progress = settings.config.n_threads, reporter.progress
+    made = make_from_scheme(
+        reference, read, imatrix, n_threads=n_threads, on_tensor=progress, split_max_size=shard_bytes
+    )
+    paths = _publish(made.path, out or made_path(reference.name, read.label), shard_bytes)
+    size = sum(one.stat().st_size for one in paths)
+    data = {"path": str(paths[0]), "paths": list(map(str, paths)), "size_bytes": size, "types": dict(made.types)}
+    emit(as_json, data, lambda: print("\n".join(f"{one}  {megabytes(one.stat().st_size)}" for one in paths)))
+
+
+def _publish(made: Path, path: Path, shard_bytes: int | None) -> list[Path]:
+    """The file under the name that the user wants, or its shards."""
+    from dynrun.artifacts import link_or_copy
+    from dynrun.quantize import split
+
+    if shard_bytes is None:
+        link_or_copy(made, path)
+        return [path]
+    say(f"split: shards of at most {shard_bytes:,} bytes")
+    return split(made, path.with_name(path.name.removesuffix(".gguf")), shard_bytes)

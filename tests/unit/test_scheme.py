@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from dynrun.errors import NotFoundError, UsageError
 from dynrun.gguf.tensor_types import DEFAULT_MENU
-from dynrun.scheme import Scheme, check_architecture, parse, read_scheme, render, sha256, write_scheme
+from dynrun.scheme import (
+    Scheme,
+    check_architecture,
+    expanded,
+    fitting_label,
+    parse,
+    read_scheme,
+    render,
+    sha256,
+    write_scheme,
+)
 
 SCHEME = Scheme(
     types={
@@ -32,6 +42,7 @@ SCHEME = Scheme(
     dynrun="0.1.0",
 )
 TEXT = render(SCHEME)
+COMMITTED = Path(__file__).resolve().parents[2] / "schemes"
 
 _TYPES = st.sampled_from(DEFAULT_MENU)
 _ANY_NAME = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -41,6 +52,8 @@ _KINDS = st.dictionaries(
     st.dictionaries(st.integers(0, 40), _TYPES, min_size=1),
     max_size=4,
 )
+# Of six significant digits, as the file has them.
+_ROUNDED = st.floats(0, 1e30).map(lambda number: float(f"{number:.6g}"))
 
 
 @st.composite
@@ -48,9 +61,13 @@ def schemes(draw: st.DrawFn) -> Scheme:
     types = draw(_OUTSIDE)
     for kind, layers in draw(_KINDS).items():
         types |= {f"blk.{layer}.{kind}": type_name for layer, type_name in layers.items()}
+    points = st.tuples(_ROUNDED, _ROUNDED)
     return replace(
         SCHEME,
         types=types,
+        slopes={name: tuple(draw(st.lists(points, min_size=1, max_size=3))) for name in list(types)[:3]},
+        measured_kld=draw(st.none() | st.floats(0, 1e300)),
+        probe_tokens=draw(st.none() | st.integers(0, 2**40)),
         source=draw(_ANY_NAME),
         size_bytes=draw(st.integers(0, 2**50)),
         predicted_kld=draw(st.floats(0, 1e300)),
@@ -118,7 +135,9 @@ SLIPS = {
     "unknown table": ("[types]", "[typos]\n[types]", ["'typos'", "'types'"]),
     "no head": ("[scheme]", "[shceme]", ["'shceme'", "'scheme'"]),
     "misspelt key": ("budget_bytes", "budget_byte", ["[scheme]", "'budget_byte'", "'budget_bytes'"]),
-    "missing key": ('dynrun = "0.1.0"\n', "", ["[scheme]", "'dynrun' is missing"]),
+    "label with a slash": ('"Q3_K_M"', '"../Q3"', ["[scheme] label", "slashes"]),
+    "label too long": ('"Q3_K_M"', f'"{"é" * 64}"', ["[scheme] label", "127 bytes"]),
+    "number that no float holds": ("0.0625", "9" * 400, ["[scheme] predicted_kld", "finite"]),
     "string for a number": ("94000000", '"94000000"', ["[scheme] budget_bytes", "an integer"]),
     "flag for a number": ("94000000", "true", ["[scheme] budget_bytes", "an integer"]),
     "number for a string": ('"0.1.0"', "0.1", ["[scheme] dynrun", "a string"]),
@@ -144,7 +163,12 @@ SLIPS = {
     "layer of a million": ("6-11", "6-1000000", ["'6-1000000'"]),
     "other digits": ("6-11", "٦-١١", ["no layer"]),
     "layers that are no string": ('"4, 6-11"', "[4, 6]", ["IQ4_NL", "a string"]),
-    "a kind without layers": ("[types]", '[types]\n"blk.*.attn_k.weight" = "Q4_K"', ["no layers", "a table"]),
+    "all layers of no kind": (
+        "[types]",
+        '[types]\n"blk.*.attn_qq.weight" = "Q4_K"',
+        ["'blk.*.attn_qq.weight'", "'blk.*.attn_q.weight'"],
+    ),
+    "unknown default": ("[types]", '[types]\ndefault = "Q4_K_M"', ['"default"', "'Q4_K_M'", "'Q4_K'"]),
     "an empty kind": ("[types]", '[types."blk.*.attn_k.weight"]\n[types]', ["blk.*.attn_k.weight", "empty"]),
     "an unquoted tensor": ('"token_embd.weight"', "token_embd.weight", ["[types.", "quoted"]),
 }
@@ -185,3 +209,96 @@ def test_another_architecture_is_refused() -> None:
     check_architecture(SCHEME, "llama", Path("a.gguf"))
     with pytest.raises(UsageError, match=r"b\.gguf is a qwen2 model and the scheme is for llama"):
         check_architecture(SCHEME, "qwen2", Path("b.gguf"))
+
+
+SHORT = """
+[scheme]
+format = 1
+
+[types]
+default = "Q4_K"
+"blk.*.attn_q.weight" = "Q3_K"
+"blk.3.attn_q.weight" = "Q6_K"
+
+[types."blk.*.ffn_down.weight"]
+Q5_K = "0-1"
+"""
+
+
+def test_a_short_scheme_made_by_hand_names_every_tensor_of_a_model() -> None:
+    scheme = parse(SHORT, where="some/folder/mine.scheme.toml", tensors=SCHEME.types)
+    assert scheme.label == "mine"
+    assert scheme.rules == {}
+    assert scheme.types == {
+        "token_embd.weight": "Q4_K",
+        **{f"blk.{i}.attn_q.weight": "Q6_K" if i == 3 else "Q3_K" for i in range(12)},
+        **{f"blk.{i}.ffn_down.weight": "Q5_K" if i < 2 else "Q4_K" for i in range(12)},
+    }
+
+
+def test_what_a_short_scheme_does_not_say_is_unknown_and_not_invented() -> None:
+    scheme = parse(SHORT, where="mine.toml")
+    assert (scheme.architecture, scheme.source, scheme.size_bytes, scheme.predicted_kld) == ("", "", 0, None)
+    assert render(scheme).startswith('[scheme]\nformat = 1\nlabel = "mine"\n\n[types]\n')
+    check_architecture(scheme, "whatever", Path("a.gguf"))
+
+
+def test_rules_stay_as_they_are_until_the_model_is_known() -> None:
+    scheme = parse(SHORT, where="mine.toml")
+    assert scheme.rules == {"default": "Q4_K", "blk.*.attn_q.weight": "Q3_K"}
+    assert scheme.types == {f"blk.{i}.ffn_down.weight": "Q5_K" for i in (0, 1)} | {"blk.3.attn_q.weight": "Q6_K"}
+    assert parse(render(scheme), where="other.toml") == scheme
+    assert expanded(scheme, SCHEME.types) == parse(SHORT, where="mine.toml", tensors=SCHEME.types)
+
+
+SLOPES = {"blk.10.attn_q.weight": ((0.25, 1.5e-05),), "blk.2.attn_q.weight": ((0.1234567, 0.01), (0.5, -1e-12))}
+
+
+def test_slopes_come_last_a_line_for_each_tensor_with_six_digits() -> None:
+    text = render(replace(SCHEME, slopes=SLOPES, measured_kld=0.0675, probe_tokens=65536))
+    assert text.splitlines()[-2:] == [
+        '"blk.2.attn_q.weight" = [[0.123457, 0.01], [0.5, -1e-12]]',
+        '"blk.10.attn_q.weight" = [[0.25, 1.5e-05]]',
+    ]
+    assert text.index("[slopes]") > text.index("[types.")
+    read = parse(text, where="s.toml", tensors=SCHEME.types)
+    assert read.slopes["blk.2.attn_q.weight"][0] == (0.123457, 0.01)
+    assert (read.measured_kld, read.probe_tokens) == (0.0675, 65536)
+    assert replace(read, slopes={}, measured_kld=None, probe_tokens=None) == SCHEME
+
+
+@pytest.mark.parametrize(
+    "slopes",
+    [
+        *("[]", '"x"', "[0.1, 0.2]", "[[0.1]]", "[[0.1, 0.2, 0.3]]", '[["0.1", 0.2]]', "[[nan, 0.1]]"),
+        *("[[0.1, inf]]", "[[-0.1, 0.2]]", "[[true, 0.2]]", f"[[0.1, {'9' * 400}]]"),
+    ],
+)
+def test_slopes_that_are_no_points_are_refused(slopes: str) -> None:
+    text = f'{TEXT}\n[slopes]\n"token_embd.weight" = {slopes}\n'
+    with pytest.raises(UsageError, match=r'^my\.toml, \[slopes\] "token_embd\.weight" .*\[\[error, KLD\]'):
+        parse(text, where="my.toml", tensors=SCHEME.types)
+
+
+def test_slopes_of_a_tensor_that_the_model_has_not_are_refused() -> None:
+    text = f'{TEXT}\n[slopes]\n"blk.12.attn_q.weight" = [[0.1, 0.2]]\n'
+    with pytest.raises(UsageError, match=r"\[slopes\].*'blk\.11\.attn_q\.weight'"):
+        parse(text, where="my.toml", tensors=SCHEME.types)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"), [("Q4_K_M", "Q4_K_M"), ("../x\ny", ".._x_y"), ("", "?"), ("é" * 100, "é" * 63)]
+)
+def test_somebodys_label_is_made_fit_for_a_file_name(text: str, label: str) -> None:
+    assert fitting_label(text) == label
+    assert parse(render(replace(SCHEME, label=label)), where="s.toml").label == label
+
+
+def test_a_file_without_types_is_refused() -> None:
+    with pytest.raises(UsageError, match="'types' is missing"):
+        parse("[scheme]\nformat = 1\n", where="s.toml")
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED.rglob("*.toml")), ids=lambda path: path.name)
+def test_a_committed_scheme_is_what_this_version_would_write(path: Path) -> None:
+    assert render(read_scheme(path)) == path.read_text(encoding="utf-8")
