@@ -7,7 +7,7 @@ leaks from one to the next, nor between sequences that share a batch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,9 @@ from dynrun.llamacpp.graph import (
     Tap,
     WatchInputs,
     skippable,
+    sources,
 )
-from dynrun.llamacpp.library import GgmlTensor, ggml, llama
+from dynrun.llamacpp.library import Ggml, GgmlTensor, ggml, llama
 from dynrun.llamacpp.mtp import MtpRunner, why_not
 from dynrun.llamacpp.vocabulary import LlamaLog, Vocabulary, load_model
 
@@ -40,12 +41,16 @@ Tokens = Sequence[int]
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of the loaded model: ggml type id and ``shape`` in ggml order [ne0, ne1, ...]."""
+    """A weight of the loaded model: ggml type id and ``shape`` in ggml order [ne0, ne1, ...].
+
+    ``copies``: its other tensors; off the CPU llama.cpp loads tied embeddings twice (TENSOR_DUPLICATED).
+    """
 
     name: str
     pointer: int
     type_id: int
     shape: tuple[int, ...]
+    copies: tuple[int, ...] = ()
 
 
 @dataclass
@@ -93,13 +98,16 @@ class Engine(Vocabulary):
         n_gpu_layers: int = -1,
         n_seq_max: int = 1,
         mtp: bool = False,
+        device: str = "",
     ) -> Self:
         """Load a GGUF; a decode takes up to ``n_ctx`` tokens in up to ``n_seq_max`` sequences.
 
-        With ``mtp`` its MTP blocks too, which only :meth:`watch_inputs` runs. Raises NotFoundError for a missing file,
-        DynrunError where llama.cpp refuses it.
+        With ``mtp`` its MTP blocks too, which only :meth:`watch_inputs` runs. With ``device`` on that one alone
+        (``CUDA0``, ``CPU``, ``rpc:HOST:PORT``: devices.py), else on all GPUs there are. Raises NotFoundError for a
+        missing file, UsageError for an unknown device, NetworkError where an RPC server does not answer, DynrunError
+        where llama.cpp refuses the file.
         """
-        model, log, has_mtp, mtp_missing = _load(path, n_gpu_layers, mtp)
+        model, log, has_mtp, mtp_missing = _load(path, n_gpu_layers, mtp, device)
         lib, dispatcher = llama(), Dispatcher()
         callback = lib.ggml_backend_sched_eval_callback(dispatcher)
         settings = lib.llama_context_default_params()
@@ -218,7 +226,7 @@ class Engine(Vocabulary):
     def _find_weights(self) -> tuple[dict[str, Weight], Mapping[str, str]]:
         """Decode one token and look at what every node reads: the weights, and for each the first with its input."""
         first = self.bos if self.bos >= 0 else 0
-        tap = FindTensors(self._ggml, self.header.tensors)
+        tap = _FindCopies(self._ggml, self.header.tensors)
         self._decode([[first]], (0,), tap)
         pointers, input_of = tap.found, tap.input_of
         if self._mtp is not None:
@@ -230,42 +238,63 @@ class Engine(Vocabulary):
                 self._mtp, self.mtp_missing, heads = None, error.message, []
             for head in heads:
                 pointers, input_of = pointers | head.found, input_of | head.input_of
-        return {name: _weight(name, pointer) for name, pointer in pointers.items()}, input_of
+        weights = {name: _weight(name, pointer, tap.copies.get(name, set())) for name, pointer in pointers.items()}
+        return weights, input_of
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a weight as it is now."""
         return self._ggml.tensor_bytes(self.weights[name].pointer)
 
+    def write(self, name: str, data: npt.NDArray[Any]) -> None:
+        """Have other bytes in weight ``name`` from now on. Raises ValueError for another size."""
+        weight = self.weights[name]
+        for pointer in (weight.pointer, *weight.copies):
+            self._ggml.set_tensor_bytes(pointer, data)
+
     @contextmanager
     def replaced(self, name: str, data: npt.NDArray[Any]) -> Iterator[None]:
         """Have other bytes in weight ``name``; afterwards it is restored, whatever happens in between."""
-        pointer = self.weights[name].pointer
-        original = self._ggml.tensor_bytes(pointer)
-        self._ggml.set_tensor_bytes(pointer, data)
+        original = self.read(name)
+        self.write(name, data)
         try:
             yield
         finally:
-            self._ggml.set_tensor_bytes(pointer, original)
+            self.write(name, original)
 
 
-def _load(path: Path, n_gpu_layers: int, mtp: bool) -> tuple[Any, LlamaLog, bool, str]:
+def _load(path: Path, n_gpu_layers: int, mtp: bool, device: str) -> tuple[Any, LlamaLog, bool, str]:
     """The model, what it logs, whether its MTP blocks were loaded, and why not where it has some."""
     header = read_header(path)
     missing = why_not(header) if mtp else ""
     if mtp and mtp_blocks(header.metadata) and not missing:
         try:
-            return *load_model(path, n_gpu_layers=n_gpu_layers, load_mtp=True), True, ""
+            return *load_model(path, n_gpu_layers=n_gpu_layers, load_mtp=True, device=device), True, ""
         except DynrunError as error:  # the blocks may be what does not fit into memory
             missing = error.message
-    return *load_model(path, n_gpu_layers=n_gpu_layers), False, missing
+    return *load_model(path, n_gpu_layers=n_gpu_layers, device=device), False, missing
 
 
-def _weight(name: str, pointer: int) -> Weight:
+class _FindCopies(FindTensors):
+    """Also every tensor of the same name: ``copies[name]``."""
+
+    def __init__(self, lib: Ggml, names: Iterable[str]) -> None:
+        super().__init__(lib, names)
+        self.copies: dict[str, set[int]] = {}
+
+    def ask(self, pointer: int, node: GgmlTensor) -> bool:
+        for source in sources(node):
+            name = GgmlTensor.from_address(source).name.decode("utf-8", "replace")
+            if name in self.wanted:
+                self.copies.setdefault(name, set()).add(source)
+        return super().ask(pointer, node)
+
+
+def _weight(name: str, pointer: int, copies: set[int]) -> Weight:
     tensor = GgmlTensor.from_address(pointer)
     shape = list(tensor.ne)
     while len(shape) > 1 and shape[-1] == 1:
         shape.pop()
-    return Weight(name, pointer, tensor.type, tuple(shape))
+    return Weight(name, pointer, tensor.type, tuple(shape), tuple(copies - {pointer}))
 
 
 def _fill(batch: Any, sequences: Sequence[Tokens], outputs: set[int]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from dynrun.errors import DynrunError, NotFoundError
 from dynrun.gguf.header import read_header
+from dynrun.llamacpp.devices import model_devices
 from dynrun.llamacpp.library import llama
 
 
@@ -82,9 +83,13 @@ class Vocabulary:
 
 
 def load_model(
-    path: Path, *, n_gpu_layers: int = -1, vocab_only: bool = False, load_mtp: bool = False
+    path: Path, *, n_gpu_layers: int = -1, vocab_only: bool = False, load_mtp: bool = False, device: str = ""
 ) -> tuple[Any, LlamaLog]:
-    """llama.cpp's model, with ``load_mtp`` its MTP blocks too, and what it logs. Raises NotFoundError, DynrunError."""
+    """llama.cpp's model, with ``load_mtp`` its MTP blocks too, and what it logs.
+
+    On ``device`` (devices.py) alone where one is given. Raises NotFoundError, DynrunError, and what
+    :func:`~dynrun.llamacpp.devices.resolve` raises.
+    """
     if not path.is_file():
         raise NotFoundError(f"{path} does not exist", fix="check the path")
     read_header(path)
@@ -94,6 +99,9 @@ def load_model(
     params.n_gpu_layers, params.vocab_only, params.load_mtp = n_gpu_layers, vocab_only, load_mtp
     # Weights must lie in memory of their own, in their own layout, to be replaced in place.
     params.load_mode, params.use_extra_bufts = lib.LLAMA_LOAD_MODE_NONE, False
+    # Read during the load only; held until then.
+    chosen = model_devices(device) if device else None
+    params.devices = chosen and ctypes.addressof(chosen)
     model = lib.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise DynrunError(
