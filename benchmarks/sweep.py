@@ -17,13 +17,15 @@ import time
 from pathlib import Path
 
 from dynrun.calibration.dataset import builtin
+from dynrun.calibration.imatrix import read_imatrix
 from dynrun.calibration.splits import split
+from dynrun.choose import Settings, imatrix_stage, read_texts, sensitivity_stage
 from dynrun.config import load_config
-from dynrun.gguf.quantizable import quantizable
+from dynrun.gguf.quantizable import candidate_types, quantizable
+from dynrun.gguf.tensor_types import DEFAULT_MENU
 from dynrun.llamacpp import tools
-from dynrun.make import Settings, imatrix_stage, sensitivity_stage
 from dynrun.models import Reference, open_reference
-from dynrun.sensitivity.sweep import probe_types
+from dynrun.sensitivity.units import probe_types
 
 N_CTX = 512
 # llama-perplexity scores the second half of each chunk: eight chunks are 2,040 tokens, of which it scores 1,020.
@@ -49,13 +51,14 @@ def by_files(reference: Reference, imatrix: Path, names: list[str], n_threads: i
         text.write_text("\n".join(words)[: N_CHUNKS * N_CTX * 3])
         tools.perplexity_base(reference.path, text, base, n_ctx=N_CTX, n_threads=n_threads)
         (folder / "imatrix.gguf").write_bytes(imatrix.read_bytes())
-        return [_by_file(reference, name, folder, base, n_threads) for name in names]
+        return [_by_file(reference, imatrix, name, folder, base, n_threads) for name in names]
 
 
-def _by_file(reference: Reference, name: str, folder: Path, base: Path, n_threads: int) -> float:
+def _by_file(reference: Reference, imatrix: Path, name: str, folder: Path, base: Path, n_threads: int) -> float:
     started = time.monotonic()
     tensors = quantizable(reference.header)
-    for type_name in probe_types(tensors[name].shape[0]):
+    candidates = candidate_types(tensors[name], DEFAULT_MENU, read_imatrix(imatrix).sums, reference.header.metadata)
+    for type_name in probe_types(candidates):
         tools.write_tensor_types({n: type_name if n == name else "F16" for n in tensors}, folder / "types.txt")
         tools.quantize(
             *(reference.path, "one.gguf", "Q4_K_M"),
@@ -76,8 +79,9 @@ def main() -> None:
     options = parser.parse_args()
     settings = Settings(config=load_config())
     reference = open_reference(options.model)
-    imatrix = imatrix_stage(reference, settings, Quiet())
-    table = sensitivity_stage(reference, imatrix, settings, Quiet(), lambda _: None)
+    texts = read_texts(reference, settings, Quiet())
+    imatrix = imatrix_stage(reference, texts, settings, Quiet())
+    table = sensitivity_stage(reference, imatrix, texts, settings, Quiet(), lambda _: None)
     names = list(quantizable(reference.header))
     # Spread over the model, and over the kinds: a plain stride may meet only one of them.
     chosen = [names[i * (len(names) - 1) // max(1, options.tensors - 1)] for i in range(options.tensors)]
@@ -85,6 +89,7 @@ def main() -> None:
     extrapolated = sum(seconds) / len(seconds) * len(names)
     result = {
         "tensors": len(names),
+        "tokens": table.n_tokens,
         "sweep_s": round(table.probe_s, 1),
         "forward_s": round(table.forward_s, 1),
         "sweep_over_forward": round(table.probe_s / table.forward_s, 3),

@@ -1,0 +1,371 @@
+"""How good our schemes are at equal size: beside the stock preset, weighted MSE alone, and random allocations.
+
+usage: .venv/bin/python benchmarks/quality.py MODEL --text NAME=FILE ... --out DIR [--labels L,L] [--methods M,M]
+       [--eval-tokens 4096] [--schemes DIR] [--redo M,M] [--keep]
+       .venv/bin/python benchmarks/quality.py --summarize DIR
+
+Methods: ``stock``; ``ours``, as `dynrun make` chooses (or DIR/MODEL-LABEL.scheme.toml); ``wmse`` and ``wmse-row``,
+least weighted squared error in absolute units and row by row (quality_methods.py); ``random:N``, N random allocations.
+All share one imatrix, collected with the product's default settings, and are at most as large as the stock preset's
+file and at least 99.5% of it. A text is UTF-8, cut and scored as llama-perplexity does; NAME=builtin-test is the
+shipped test conversations.
+
+A row a model, label, method, seed and text goes to DIR/quality.csv as soon as it is known; killed and run again with
+the same options it goes on there, and another model may be added to the same DIR. Model files are deleted once
+measured, except those that were there before (so may be one that a killed run left) and with --keep; schemes stay in
+DIR/schemes. --redo measures some methods of these labels again. At the end, or with --summarize: JSON on standard
+output, DIR/quality.md and a plot a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import quality_rows as rows
+from quality_methods import SquaredErrors, all_squared_errors, least_squares_types, random_types
+from quality_rows import OURS, STOCK, Cell, method_name
+from quality_summary import RANDOM, WMSE, WMSE_ROW, draw, markdown, summarize
+
+from dynrun import __version__
+from dynrun.allocation.stage import Budget
+from dynrun.artifacts import MANIFEST, discard, file_lock, key_of, write_json, write_text
+from dynrun.calibration.imatrix import read_imatrix
+from dynrun.calibration.stage import ImatrixStage
+from dynrun.calibration.text import template_for
+from dynrun.choose import Settings, Texts, choose_scheme, imatrix_stage, read_texts
+from dynrun.config import load_config
+from dynrun.errors import DoesNotFitError, DynrunError, UsageError
+from dynrun.evaluation.kld import evaluate
+from dynrun.evaluation.texts import conversation_parts, read_text, text_parts
+from dynrun.gguf.layout import tensor_bytes
+from dynrun.gguf.quantizable import candidate_types, quantizable
+from dynrun.gguf.weights import WeightFile
+from dynrun.llamacpp.build import installation
+from dynrun.llamacpp.vocabulary import Vocabulary
+from dynrun.models import Reference, open_reference
+from dynrun.quantize import Preset, Quantized, make_from_scheme, make_stock, scheme_bytes
+from dynrun.scheme import Scheme, read_scheme, write_scheme
+from dynrun.scoring.reference import Scored, parts_key
+from dynrun.target import Target, budget_for
+
+N_CTX = 512
+LABELS = "IQ2_XXS,IQ2_M,Q2_K,IQ3_XXS,Q3_K_M,IQ4_XS,Q4_K_M,Q5_K_M"
+METHODS = f"{STOCK},{OURS},{WMSE},{WMSE_ROW},{RANDOM}:5"
+BUILTIN_TEST = "builtin-test"
+_FLOOR = 0.995
+# What is known first is most useful.
+_ORDER = (STOCK, OURS, WMSE, WMSE_ROW, RANDOM)
+Method = tuple[str, int | None]
+
+
+class Narrator:
+    """Stages and notes on stderr."""
+
+    def stage(self, name: str, detail: str) -> None:
+        log(f"{name}: {detail}")
+
+    def progress(self, done: float, total: float, note: str = "") -> None:
+        if done >= total:
+            log(f"  {done:,.0f} {note}")
+
+
+def log(line: str) -> None:
+    """A line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All that the cells of one model share. ``parts``: what is scored, by the name of the text."""
+
+    reference: Reference
+    imatrix: ImatrixStage
+    texts: Texts
+    parts: Mapping[str, Sequence[Scored]]
+    settings: Settings
+    out: Path
+    schemes: Path | None
+    keep: bool
+
+    @cached_property
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """tensor → type of the menu that it can have → bytes."""
+        header, entries = self.reference.header, read_imatrix(self.imatrix.path).sums
+        return {
+            name: {
+                one: tensor_bytes(tensor, one)
+                for one in candidate_types(tensor, self.settings.menu, entries, header.metadata)
+            }
+            for name, tensor in quantizable(header).items()
+        }
+
+    @cached_property
+    def errors(self) -> dict[str, SquaredErrors]:
+        """Weighted squared errors of every type on every tensor."""
+        inputs = [self.reference.sha256, self.imatrix.sha256, installation().commit, list(self.settings.menu)]
+        path = self.out / f"errors-{key_of({'inputs': inputs})}.jsonl"
+        log("weighted squared errors of all types")
+        weights, imatrix = WeightFile(self.reference.path), read_imatrix(self.imatrix.path)
+        types = {name: list(found) for name, found in self.sizes.items()}
+        return all_squared_errors(weights, imatrix, types, path, self.settings.config.n_threads)
+
+    def key(self, text: str) -> str:
+        """Cells with equal keys may be compared."""
+        scored = parts_key(self.parts[text])
+        inputs = [self.reference.sha256, self.imatrix.sha256, scored, installation().commit, installation().backend]
+        return key_of({"inputs": inputs})
+
+    def missing(self, label: str, method: Method) -> list[str]:
+        """The texts on which this file has not been measured."""
+        known = {(*cell.place, cell.key) for cell in rows.load(self.out)}
+        return [t for t in self.parts if (self.reference.name, label, *method, t, self.key(t)) not in known]
+
+
+def ours(bench: Bench, budget: Budget) -> Scheme:
+    """The scheme of `dynrun make` for a label, or the one of that name in --schemes."""
+    if bench.schemes is None:
+        target = Target(quant=budget.label)
+        chosen = choose_scheme(bench.reference, bench.imatrix, bench.texts, target, bench.settings, Narrator(), log)
+        return chosen.scheme
+    path = bench.schemes / f"{bench.reference.name}-{budget.label}.scheme.toml"
+    found = read_scheme(path, quantizable(bench.reference.header))
+    # The imatrix is this benchmark's, the same for all methods.
+    return replace(found, calibration=bench.imatrix.dataset, imatrix_sha256=bench.imatrix.sha256)
+
+
+def control(bench: Bench, budget: Budget, method: Method) -> Scheme:
+    """The scheme of a method that knows nothing of the divergence."""
+    name, seed = method
+    spare = budget.size_bytes - budget.fixed_bytes
+    if name == RANDOM:
+        elements = {tensor: info.n_elements for tensor, info in quantizable(bench.reference.header).items()}
+        floor = math.ceil(_FLOOR * budget.size_bytes) - budget.fixed_bytes
+        types = random_types(bench.sizes, elements, spare, floor, seed or 0)
+    else:
+        types = least_squares_types(bench.sizes, bench.errors, spare, by_row=name == WMSE_ROW)
+    used = sum(bench.sizes[tensor][one] for tensor, one in types.items())
+    return Scheme(
+        types={tensor: types[tensor] for tensor in bench.sizes},
+        label=budget.label,
+        architecture=bench.reference.header.architecture,
+        source=bench.reference.name,
+        source_sha256=bench.reference.sha256,
+        budget_bytes=budget.size_bytes,
+        size_bytes=budget.fixed_bytes + used,
+        calibration=bench.imatrix.dataset,
+        imatrix_sha256=bench.imatrix.sha256,
+        llama_cpp_commit=installation().commit,
+        dynrun=__version__,
+    )
+
+
+@dataclass(frozen=True)
+class MadeFile:
+    """A file, the KLD that is predicted for it, and the seconds it took to choose its types and make it."""
+
+    file: Quantized
+    predicted_kld: float | None
+    seconds: float
+
+
+def file_of(bench: Bench, budget: Budget, preset: Preset, method: Method) -> tuple[Quantized, float | None]:
+    """The file, of at most the stock preset's bytes, and the KLD that is predicted for it."""
+    n_threads, quiet = bench.settings.config.n_threads, lambda *_: None
+    if method[0] == STOCK:
+        return make_stock(bench.reference, preset, bench.imatrix, n_threads=n_threads, on_tensor=quiet), None
+    scheme = ours(bench, budget) if method[0] == OURS else control(bench, budget, method)
+    size = scheme_bytes(bench.reference, scheme, bench.imatrix)
+    if size > preset.size_bytes:
+        raise DoesNotFitError(f"{method[0]} would have {size:,} bytes, {preset.ftype} has {preset.size_bytes:,}")
+    if size < _FLOOR * preset.size_bytes:
+        log(f"  mind: {size:,} bytes, less than {_FLOOR:.1%} of {preset.ftype}'s {preset.size_bytes:,}")
+    beside = "" if method[0] == OURS else f"-{method_name(*method).replace(':', '')}"
+    write_scheme(scheme, bench.out / "schemes" / f"{bench.reference.name}-{budget.label}{beside}.scheme.toml")
+    made = make_from_scheme(bench.reference, scheme, bench.imatrix, n_threads=n_threads, on_tensor=quiet)
+    return made, scheme.predicted_kld
+
+
+def measure(bench: Bench, budget: Budget, preset: Preset, method: Method, texts: Sequence[str]) -> None:
+    """Make one file, measure it on ``texts``, a row each, and delete it."""
+    started = time.monotonic()
+    file, predicted_kld = file_of(bench, budget, preset, method)
+    made = MadeFile(file, predicted_kld, time.monotonic() - started)
+    for text in texts:
+        cell = beside_stock(bench.out, measured(bench, budget, method, text, made))
+        rows.append(bench.out, cell)
+        beside = "" if cell.kld_ratio is None else f", {cell.kld_ratio:.3f} of stock"
+        log(f"  {budget.label} {cell.name} on {text}: {cell.bytes:,} bytes, KLD {cell.kld:.5f}{beside}")
+    # What was there before this run is somebody else's.
+    if not bench.keep and not file.outcome.cached:
+        discard(file.path.parent, MANIFEST)
+
+
+def measured(bench: Bench, budget: Budget, method: Method, text: str, made: MadeFile) -> Cell:
+    """The cell of a file on one text, without its ratio to stock."""
+    begun, config = time.monotonic(), bench.settings.config
+    (row,) = evaluate(
+        bench.reference.path,
+        [made.file.path],
+        bench.parts[text],
+        n_threads=config.n_threads,
+        n_gpu_layers=config.n_gpu_layers,
+    )
+    return Cell(
+        model=bench.reference.name,
+        label=budget.label,
+        method=method[0],
+        seed=method[1],
+        text=text,
+        bytes=row.size_bytes,
+        budget_bytes=budget.size_bytes,
+        bpw=row.bpw,
+        kld=row.kld.mean,
+        kld_low=row.kld.ci95[0],
+        kld_high=row.kld.ci95[1],
+        same_top_p=row.same_top_p,
+        predicted_kld=made.predicted_kld,
+        made_s=round(made.seconds, 1),
+        seconds=round(time.monotonic() - begun, 1),
+        key=bench.key(text),
+        sums=row.clusters.sums,
+        counts=row.clusters.counts,
+    )
+
+
+def beside_stock(out: Path, cell: Cell) -> Cell:
+    """``cell`` with its ratio to the stock cell where that is known."""
+    place = (cell.model, cell.label, STOCK, None, cell.text)
+    stock = cell if cell.place == place else next((one for one in rows.load(out) if one.place == place), None)
+    ratio = cell.ratio_to(stock) if stock else None
+    if ratio is None:
+        return cell
+    return replace(cell, kld_ratio=ratio.value, ratio_low=ratio.ci95[0], ratio_high=ratio.ci95[1])
+
+
+def run(bench: Bench, labels: Sequence[str], methods: Sequence[Method]) -> list[str]:
+    """Measure what is missing, label by label; what failed, a line each."""
+    failures = []
+    for label in labels:
+        todo = [(method, texts) for method in methods if (texts := bench.missing(label, method))]
+        if not todo:
+            continue
+        try:
+            budget, preset = budget_for(bench.reference, bench.imatrix, Target(quant=label))
+        except DynrunError as error:
+            failures.append(f"{label}: {error}")
+            continue
+        for method, texts in todo:
+            log(f"{label} {method_name(*method)}")
+            try:
+                measure(bench, budget, preset, method, texts)
+            except DynrunError as error:
+                failures.append(f"{label} {method_name(*method)}: {error}")
+                log(f"  {error}")
+    return failures
+
+
+def open_bench(options: argparse.Namespace) -> Bench:
+    """Tokenize the texts, collect the imatrix."""
+    reference, settings = open_reference(options.model), Settings(config=load_config())
+    parts = {name: parts_of(reference, spec, options.eval_tokens) for name, spec in options.text}
+    texts = read_texts(reference, settings, Narrator())
+    imatrix = imatrix_stage(reference, texts, settings, Narrator())
+    return Bench(reference, imatrix, texts, parts, settings, options.out, options.schemes, options.keep)
+
+
+def parts_of(reference: Reference, spec: str, n_tokens: int) -> list[Scored]:
+    """What is scored of one text."""
+    with Vocabulary.load(reference.path) as vocabulary:
+        if spec != BUILTIN_TEST:
+            return text_parts(vocabulary, read_text(Path(spec)), max_tokens=n_tokens, n_ctx=N_CTX)
+        with template_for(vocabulary) as template:
+            return conversation_parts(vocabulary, template, max_tokens=n_tokens, n_ctx=N_CTX)
+
+
+def report(out: Path) -> None:
+    """Print the summary, write the table and the plots."""
+    cells = rows.load(out)
+    if not cells:
+        raise UsageError(f"{out} holds no {rows.CSV_FILE} with rows", fix="measure first")
+    summary: dict[str, Any] = summarize(cells)
+    write_text(out / "quality.md", markdown(cells, summary))
+    for model, found in summary["models"].items():
+        found["plot"] = str(out / f"quality-{model}.png")
+        draw([cell for cell in cells if cell.model == model], Path(found["plot"]))
+    summary["table"] = str(out / "quality.md")
+    write_json(out / "quality.json", summary)
+    print(json.dumps(summary, indent=1))
+
+
+def methods_of(text: str) -> list[Method]:
+    """``stock,random:2`` as pairs of name and seed, in the order that is useful early. Raises UsageError."""
+    found: list[Method] = []
+    for spec in text.split(","):
+        name, _, number = spec.partition(":")
+        if name not in _ORDER or bool(number) != (name == RANDOM) or (number and not number.isdecimal()):
+            raise UsageError(f"no method {spec!r}", fix=f"some of {METHODS}")
+        found += [(name, seed) for seed in range(int(number))] if number else [(name, None)]
+    return sorted(found, key=lambda method: (_ORDER.index(method[0]), method[1] or 0))
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    return name, value
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--summarize", type=Path, metavar="DIR")
+    parser.add_argument("--labels", default=LABELS)
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--text", action="append", type=_named, default=[], metavar="NAME=FILE")
+    parser.add_argument("--eval-tokens", type=int, default=4096)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--schemes", type=Path)
+    parser.add_argument("--redo", default="", metavar="METHODS")
+    parser.add_argument("--keep", action="store_true")
+    options = parser.parse_args()
+    if not options.summarize and not (options.model and options.out and options.text):
+        parser.error("give MODEL, --out and at least one --text, or --summarize DIR")
+    return options
+
+
+def main() -> int:
+    """Run it; the exit code is not 0 where something could not be measured."""
+    options = _options()
+    try:
+        if options.summarize:
+            report(options.summarize)
+            return 0
+        methods = methods_of(options.methods)
+        options.out.mkdir(parents=True, exist_ok=True)
+        # Standard output is for the summary alone.
+        waiting = f"waiting for another run in {options.out}"
+        with redirect_stdout(sys.stderr), file_lock(options.out / ".lock", waiting=waiting):
+            bench, labels = open_bench(options), options.labels.split(",")
+            rows.drop(options.out, bench.reference.name, labels, options.redo.split(","))
+            failures = run(bench, labels, methods)
+        report(options.out)
+    except DynrunError as error:
+        log(f"quality: {error}")
+        return error.exit_code
+    for failure in failures:
+        log(f"not measured: {failure}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
