@@ -3,50 +3,61 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dynrun.artifacts import Outcome, StageFolder, run_stage, stage_folder, write_json
 from dynrun.calibration.imatrix import Imatrix, read_imatrix
 from dynrun.calibration.sequences import TokenSequence, fingerprint
 from dynrun.calibration.stage import ImatrixStage
 from dynrun.config import Config
-from dynrun.gguf.header import TensorInfo
+from dynrun.gguf.header import Header, TensorInfo
+from dynrun.gguf.layout import tensor_bytes
 from dynrun.gguf.quantizable import candidate_types, is_mtp, quantizable
 from dynrun.gguf.weights import WeightFile
 from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.engine import Engine
 from dynrun.models import Reference
-from dynrun.sensitivity.errors import Quantizer
+from dynrun.sensitivity.adaptive import Choices, Progress, Spent, spend
+from dynrun.sensitivity.errors import Quantizer, TypeErrors
+from dynrun.sensitivity.probe_log import ProbeLog
 from dynrun.sensitivity.slopes import Slope
-from dynrun.sensitivity.sweep import ProbeLog, Sweep, run_sweep
-from dynrun.sensitivity.sweep import Progress as ProbeDone
+from dynrun.sensitivity.sweep import LocalProbes, Probes, Sweep
+from dynrun.sensitivity.units import units
 
 TABLE_FILE = "sensitivity.json"
 _PROBES_FILE = "probes.jsonl"
 _ERRORS_FILE = "errors.jsonl"
-_REVISION = 2
+_REVISION = 3
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Tokens of the probe split for the coarse and the fine type, in sequences of ``n_ctx``; rows sampled for the
-    errors of types (of 1,024 columns; more of shorter ones)."""
+    """At most ``n_tokens`` of the probe split for a tensor, in sequences of ``n_ctx``, until what the slopes'
+    uncertainty is expected to cost is ``error`` of the predicted KLD; ``group``: units.py; ``n_rows``: rows sampled for
+    the errors of types (of 1,024 columns; more of shorter ones); ``devices``: where probes run, here where it is empty.
+    """
 
-    n_coarse_tokens: int = 1024
-    n_fine_tokens: int = 512
+    n_tokens: int = 1024
+    error: float = 0.01
     n_ctx: int = 128
-    max_rows: int = 128
+    n_rows: int = 128
+    group: str = ""
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TensorSensitivity:
-    """One tensor: its slope (None where nothing could be measured) and the error of each type it can have."""
+    """One tensor: its slope (None where nothing could be measured), the error of each type it can have, and Σ h·w²."""
 
     slope: Slope | None
     errors: Mapping[str, float]
+    energy: float = 0.0
 
     def price(self, type_name: str) -> float:
         """Predicted KLD (nats per token) of storing the tensor in ``type_name``."""
@@ -57,12 +68,17 @@ class TensorSensitivity:
 
 @dataclass(frozen=True)
 class SensitivityStage:
-    """The table of all tensors, the file it lies in, and the seconds that went into forward passes."""
+    """The table of all tensors, the file it lies in, and what it took: ``doubt`` is the expected loss from uncertain
+    slopes, as a share of the predicted KLD; ``n_tokens`` were decoded in all probes; seconds in forward passes and in
+    probes as a whole; ``error_spread``: the largest relative standard error of a type's error, from sampling rows."""
 
     tensors: Mapping[str, TensorSensitivity]
     path: Path
+    doubt: float
+    n_tokens: int
     forward_s: float
     probe_s: float
+    error_spread: float
     outcome: Outcome
 
 
@@ -74,11 +90,14 @@ def sensitivity_folder(
     menu: tuple[str, ...],
 ) -> StageFolder:
     """Where the table for these inputs lies, made or not."""
+    how = asdict(settings)
+    # Where it is measured changes no decision, but the last digits: the backend is in the key of neither.
+    how.pop("devices")
     inputs = {
         "reference": reference.sha256,
         "imatrix": imatrix.sha256,
         "sequences": fingerprint(parts),
-        "settings": [settings.n_coarse_tokens, settings.n_fine_tokens, settings.n_ctx, settings.max_rows],
+        "settings": how,
         "menu": list(menu),
         "revision": _REVISION,
         "llama_cpp": installation().commit,
@@ -94,7 +113,7 @@ def measure_sensitivity(
     menu: tuple[str, ...],
     *,
     config: Config,
-    on_probe: Callable[[ProbeDone], None],
+    on_probe: Callable[[Progress], None],
     on_error: Callable[[int, int], None],
 ) -> SensitivityStage:
     """Probe every quantizable tensor on ``parts`` and compute the error of every type on it, or find the table."""
@@ -105,54 +124,91 @@ def measure_sensitivity(
         quantizer = Quantizer(WeightFile(reference.path), entries, config.n_threads)
         errors = _all_errors(reference, quantizer, entries, settings, menu, folder / _ERRORS_FILE, on_error)
         log = ProbeLog(folder / _PROBES_FILE)
-        slopes = _all_slopes(reference, quantizer, parts, settings, log, config, on_probe)
-        table = {
-            name: {"slope": [s.coarse, s.fine] if (s := slopes.get(name)) else None, "errors": errors[name]}
-            for name in errors
+        with _probes(reference, imatrix, quantizer, parts, settings, config) as (probes, names):
+            spent = spend(
+                *(
+                    units({name: list(errors[name].errors) for name in names}, settings.group),
+                    _choices(reference.header, errors, names),
+                    log,
+                    probes,
+                ),
+                n_sequences=len(parts),
+                wanted=settings.error,
+                progress=on_probe,
+            )
+        write_json(folder / TABLE_FILE, _table(spent, errors))
+        return {
+            "doubt": spent.doubt,
+            "n_tokens": spent.n_tokens,
+            **log.seconds,
+            "error_spread": _largest_spread(errors),
         }
-        write_json(folder / TABLE_FILE, table)
-        probes = log.probes.values()
-        return {"forward_s": sum(p.forward_s for p in probes), "probe_s": sum(p.elapsed_s for p in probes)}
 
     outcome = run_stage(folder, work)
     return SensitivityStage(read_table(folder / TABLE_FILE), folder / TABLE_FILE, **outcome.result, outcome=outcome)
 
 
-def read_table(path: Path) -> dict[str, TensorSensitivity]:
-    """The table that a sensitivity stage wrote."""
-    data = json.loads(path.read_text(encoding="utf-8"))
+def _largest_spread(errors: Mapping[str, TypeErrors]) -> float:
+    return max((found.spread for found in errors.values()), default=0.0)
+
+
+def _table(spent: Spent, errors: Mapping[str, TypeErrors]) -> dict[str, Any]:
     table = {}
-    for name, entry in data.items():
-        points = entry["slope"]
-        slope = Slope(coarse=tuple(points[0]), fine=tuple(points[1])) if points else None
-        table[name] = TensorSensitivity(slope, entry["errors"])
+    for name, found in errors.items():
+        slope = spent.slopes.get(name)
+        measured = {"points": slope.points, "spread": slope.spread} if slope else None
+        table[name] = {"slope": measured, **asdict(found)}
     return table
 
 
-def _all_slopes(
+def read_table(path: Path) -> dict[str, TensorSensitivity]:
+    """The table that a sensitivity stage wrote."""
+    table = {}
+    for name, entry in json.loads(path.read_text(encoding="utf-8")).items():
+        measured = entry["slope"]
+        points = tuple((error, kld) for error, kld in measured["points"]) if measured else ()
+        slope = Slope(points, measured["spread"]) if measured else None
+        table[name] = TensorSensitivity(slope, entry["errors"], entry["energy"])
+    return table
+
+
+def _choices(header: Header, errors: Mapping[str, TypeErrors], names: Sequence[str]) -> dict[str, Choices]:
+    return {
+        name: Choices(
+            np.array(list(errors[name].errors.values())),
+            np.array([float(tensor_bytes(header.tensors[name], t)) for t in errors[name].errors]),
+        )
+        for name in names
+    }
+
+
+@contextmanager
+def _probes(
     reference: Reference,
+    imatrix: ImatrixStage,
     quantizer: Quantizer,
     parts: Sequence[TokenSequence],
     settings: ProbeSettings,
-    log: ProbeLog,
     config: Config,
-    on_probe: Callable[[ProbeDone], None],
-) -> dict[str, Slope]:
-    with Engine.open(
-        reference.path, n_ctx=settings.n_ctx, n_threads=config.n_threads, n_gpu_layers=config.n_gpu_layers
-    ) as engine:
-        n_fine, tokens = 0, 0
-        while n_fine < len(parts) and tokens < settings.n_fine_tokens:
-            tokens += len(parts[n_fine].tokens)
-            n_fine += 1
+) -> Iterator[tuple[Probes, list[str]]]:
+    """What carries out the probes, and the names of the tensors that can be probed."""
+    n_ctx, n_threads = settings.n_ctx, config.n_threads
+    with Engine.open(reference.path, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=config.n_gpu_layers) as engine:
         # What no decode touches (MTP blocks) cannot be probed.
-        shapes = {
-            name: tensor.shape
-            for name, tensor in quantizable(reference.header).items()
+        names = [
+            name
+            for name in quantizable(reference.header)
             if name in engine.weights and not is_mtp(name, reference.header.metadata)
-        }
-        sweep = Sweep(engine, quantizer, parts)
-        return run_sweep(sweep, shapes, log, n_coarse=len(parts), n_fine=n_fine, progress=on_probe)
+        ]
+        if not settings.devices:
+            yield LocalProbes(Sweep(engine, quantizer, parts)), names
+            return
+    from dynrun.sensitivity.workers import ProbePool
+
+    with ProbePool(
+        reference.path, imatrix.path, parts, n_ctx=n_ctx, n_threads=n_threads, devices=settings.devices
+    ) as pool:
+        yield pool, names
 
 
 def _all_errors(
@@ -163,36 +219,35 @@ def _all_errors(
     menu: tuple[str, ...],
     path: Path,
     on_error: Callable[[int, int], None],
-) -> dict[str, dict[str, float]]:
+) -> dict[str, TypeErrors]:
     tensors = quantizable(reference.header)
     found = _read_errors(path)
     with path.open("a", encoding="utf-8") as stream:
         for done, (name, tensor) in enumerate(tensors.items(), start=1):
             if name not in found:
                 types = candidate_types(tensor, menu, imatrix.sums, reference.header.metadata)
-                found[name] = _errors_of(quantizer, tensor, types, settings.max_rows)
-                stream.write(json.dumps([name, found[name]]) + "\n")
+                found[name] = _errors_of(quantizer, tensor, types, settings.n_rows)
+                stream.write(json.dumps([name, asdict(found[name])]) + "\n")
                 stream.flush()
             on_error(done, len(tensors))
     return {name: found[name] for name in tensors}
 
 
-def _errors_of(quantizer: Quantizer, tensor: TensorInfo, types: list[str], max_rows: int) -> dict[str, float]:
+def _errors_of(quantizer: Quantizer, tensor: TensorInfo, types: list[str], n_rows: int) -> TypeErrors:
     # Short rows give less per row: sample the same number of values from every tensor.
-    rows = max(max_rows, max_rows * 1024 // tensor.shape[0])
-    return quantizer.errors(tensor.name, types, rows)
+    return quantizer.errors(tensor.name, types, max(n_rows, n_rows * 1024 // tensor.shape[0]))
 
 
-def _read_errors(path: Path) -> dict[str, dict[str, float]]:
+def _read_errors(path: Path) -> dict[str, TypeErrors]:
     """Whole lines only: the last one may be torn by a kill."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, TypeErrors] = {}
     if not path.is_file():
         return found
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             name, errors = json.loads(line)
+            found[name] = TypeErrors(**errors)
         except (ValueError, TypeError):
             continue
-        found[name] = errors
-    path.write_text("".join(json.dumps([n, e]) + "\n" for n, e in found.items()), encoding="utf-8")
+    path.write_text("".join(json.dumps([n, asdict(e)]) + "\n" for n, e in found.items()), encoding="utf-8")
     return found
