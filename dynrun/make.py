@@ -1,6 +1,6 @@
-"""The way of the data as code: reference → imatrix → sensitivity → scheme → file → proof beside the stock preset.
+"""The way of the data as code: the chosen scheme → file → proof beside the stock preset.
 
-Each stage is found or made under its content address; this module only puts them in order.
+Each stage is found or made under its content address; this module only puts them in order (choose.py: those before).
 """
 
 from __future__ import annotations
@@ -8,63 +8,21 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from dynrun.allocation.stage import allocate
 from dynrun.artifacts import Outcome, link_or_copy
-from dynrun.calibration.experts import is_expert
 from dynrun.calibration.mixture import SELF_NAME, parse_mixture
-from dynrun.calibration.sequences import TokenSequence
-from dynrun.calibration.stage import (
-    IMATRIX_FILE,
-    ImatrixSettings,
-    ImatrixStage,
-    Job,
-    import_imatrix,
-    make_imatrix,
-)
-from dynrun.calibration.text import Pool, open_text
-from dynrun.config import Config
+from dynrun.calibration.stage import IMATRIX_FILE, ImatrixStage
+from dynrun.choose import Chosen, Reporter, Settings, Texts, choose_scheme, imatrix_stage, job_for, read_texts
 from dynrun.evaluation.kld import Row, evaluate, is_measured
-from dynrun.evaluation.texts import scored
-from dynrun.gguf.tensor_types import DEFAULT_MENU
 from dynrun.llamacpp.build import installation
 from dynrun.metrics.intervals import Ratio
 from dynrun.models import Reference, made_path, open_reference
 from dynrun.quantize import Preset, Quantized, make_from_scheme, make_stock, nearest_ftype
 from dynrun.scheme import Scheme, write_scheme
-from dynrun.scoring.reference import Scored
-from dynrun.sensitivity.stage import ProbeSettings, SensitivityStage, measure_sensitivity, sensitivity_folder
-from dynrun.sensitivity.sweep import Progress as ProbeDone
+from dynrun.sensitivity.stage import sensitivity_folder
 from dynrun.target import XL_LABELS, Target, budget_for, check_budget
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How `make` measures; the defaults are what the README's numbers were made with.
-
-    ``calibration`` is a mixture; ``chat_template`` a file in the place of the model's own; ``imatrix_files``
-    somebody's, merged, in the place of an imatrix collected here.
-    """
-
-    calibration: str = "builtin"
-    chat_template: Path | None = None
-    imatrix_files: tuple[Path, ...] = ()
-    imatrix: ImatrixSettings = field(default_factory=ImatrixSettings)
-    probes: ProbeSettings = field(default_factory=ProbeSettings)
-    menu: tuple[str, ...] = DEFAULT_MENU
-    eval_tokens: int = 16384
-    eval_n_ctx: int = 512
-    config: Config = field(default_factory=Config)
-
-
-class Reporter(Protocol):
-    """What a front end does with the progress of a stage: ``done`` of ``total`` units."""
-
-    def stage(self, name: str, detail: str) -> None: ...
-    def progress(self, done: float, total: float, note: str = "") -> None: ...
 
 
 @dataclass(frozen=True)
@@ -76,90 +34,13 @@ class Made:
     scheme: Scheme
     reference: Reference
     imatrix: ImatrixStage
+    chosen: Chosen
     row: Row
     baseline: Preset
     baseline_row: Row
     ratio: Ratio | None
     stages: tuple[Outcome, ...]
     elapsed_s: float
-
-
-@dataclass(frozen=True)
-class Texts:
-    """All the text of one run, tokenized: to calibrate on, to probe on, to prove on. ``name`` is the mixture's."""
-
-    name: str
-    template: str
-    pool: Pool
-    probe: tuple[TokenSequence, ...]
-    test: tuple[Scored, ...]
-
-
-def read_texts(reference: Reference, settings: Settings, reporter: Reporter) -> Texts:
-    """Open the sources; models with experts get more to draw from, as rare experts may need it."""
-    wanted = settings.imatrix
-    n_tokens = wanted.cap if any(is_expert(name) for name in reference.header.tensors) else wanted.n_tokens
-    reporter.stage("text", settings.calibration)
-    with open_text(
-        reference,
-        settings.calibration,
-        n_tokens=wanted.n_tokens,
-        config=settings.config,
-        chat_template=settings.chat_template,
-        progress=reporter.progress,
-    ) as text:
-        pool = text.calibration(n_tokens=n_tokens, n_ctx=wanted.n_ctx)
-        for note in pool.notes:
-            reporter.stage("text", note)
-        probe = text.probe(n_tokens=settings.probes.n_coarse_tokens, n_ctx=settings.probes.n_ctx)
-        test = scored(text.test(n_tokens=settings.eval_tokens, n_ctx=settings.eval_n_ctx))
-        return Texts(text.name, text.template.origin, pool, tuple(probe), tuple(test))
-
-
-def job_for(reference: Reference, texts: Texts, settings: Settings, reporter: Reporter) -> Job:
-    """What the statistics are collected on."""
-    sequences = texts.pool.sequences
-    return Job(reference, sequences, settings.imatrix, texts.name, texts.template, settings.config, reporter.progress)
-
-
-def imatrix_stage(reference: Reference, texts: Texts, settings: Settings, reporter: Reporter) -> ImatrixStage:
-    """The imatrix for ``reference``."""
-    if files := settings.imatrix_files:
-        reporter.stage("imatrix", f"imported from {', '.join(map(str, files))}")
-        return import_imatrix(reference, files, min_expert_tokens=settings.imatrix.min_expert_tokens)
-    reporter.stage("imatrix", f"{settings.imatrix.n_tokens:,} tokens of {texts.name}")
-    return make_imatrix(job_for(reference, texts, settings, reporter))
-
-
-def sensitivity_stage(
-    reference: Reference,
-    imatrix: ImatrixStage,
-    texts: Texts,
-    settings: Settings,
-    reporter: Reporter,
-    log: Callable[[str], None],
-) -> SensitivityStage:
-    """The sensitivity table for ``reference``; a line for each probe goes to ``log``."""
-
-    def on_probe(done: ProbeDone) -> None:
-        probe = done.probe
-        measured = f"{probe.tensor} {probe.type}: error {probe.error:.6f}, KLD {done.kld:.6f}"
-        log(f"{measured}, {probe.elapsed_s:.1f} s")
-        reporter.progress(done.done, done.total, measured)
-
-    reporter.stage(
-        "sensitivity", f"{settings.probes.n_coarse_tokens:,} + {settings.probes.n_fine_tokens:,} tokens a tensor"
-    )
-    return measure_sensitivity(
-        reference,
-        imatrix,
-        texts.probe,
-        settings.probes,
-        settings.menu,
-        config=settings.config,
-        on_probe=on_probe,
-        on_error=lambda done, total: reporter.progress(done, total, "errors of all types"),
-    )
 
 
 def make(
@@ -175,16 +56,11 @@ def make(
     reference = open_reference(model)
     texts = read_texts(reference, settings, reporter)
     imatrix = imatrix_stage(reference, texts, settings, reporter)
-    budget, preset = budget_for(reference, imatrix, target)
-    check_budget(reference, imatrix, budget, settings.menu)
-    table = sensitivity_stage(reference, imatrix, texts, settings, reporter, log)
-    begun = time.monotonic()
-    reporter.stage("allocation", f"{budget.size_bytes:,} bytes")
-    scheme = allocate(reference, imatrix, table.tensors, budget)
-    allocated = Outcome("allocation", {}, time.monotonic() - begun, cached=False)
+    chosen = choose_scheme(reference, imatrix, texts, target, settings, reporter, log)
+    scheme, preset = chosen.scheme, chosen.preset
     ours, stock = _both_files(reference, scheme, preset, imatrix, settings, reporter)
     rows, evaluated = _evaluate(reference, [ours.path, stock.path], texts, settings, reporter)
-    file = out or made_path(reference.name, budget.label)
+    file = out or made_path(reference.name, chosen.budget.label)
     link_or_copy(ours.path, file)
     scheme_path = file.with_suffix(".scheme.toml")
     write_scheme(scheme, scheme_path)
@@ -194,11 +70,15 @@ def make(
         scheme=scheme,
         reference=reference,
         imatrix=imatrix,
+        chosen=chosen,
         row=rows[0],
         baseline=preset,
         baseline_row=rows[1],
         ratio=rows[0].ratio_to(rows[1]),
-        stages=(imatrix.outcome, table.outcome, allocated, ours.outcome, stock.outcome, evaluated),
+        stages=(
+            *(imatrix.outcome, chosen.table.outcome, chosen.search.outcome),
+            *(ours.outcome, stock.outcome, evaluated),
+        ),
         elapsed_s=time.monotonic() - started,
     )
 
@@ -257,7 +137,7 @@ def plan(model: str, target: Target, settings: Settings) -> list[PlannedStage]:
     if known is not None:
         imatrix, texts = known
         budget, preset = budget_for(reference, imatrix, target)
-        check_budget(reference, imatrix, budget, settings.menu)
+        check_budget(reference, imatrix, budget, settings.menu, settings.constraints)
         size, label, ftype = f"{budget.size_bytes:,} bytes", budget.label, preset.ftype
         probed = sensitivity_folder(reference, imatrix, texts.probe, settings.probes, settings.menu).complete
     program = str(installation().program("llama-quantize"))
@@ -270,8 +150,8 @@ def plan(model: str, target: Target, settings: Settings) -> list[PlannedStage]:
         PlannedStage(
             "imatrix", known is not None, f"{settings.imatrix.n_tokens:,} tokens, n_ctx {settings.imatrix.n_ctx}"
         ),
-        PlannedStage("sensitivity", probed, f"{probes.n_coarse_tokens:,} + {probes.n_fine_tokens:,} tokens a tensor"),
-        PlannedStage("allocation", False, size),
+        PlannedStage("sensitivity", probed, f"up to {probes.n_tokens:,} tokens a tensor"),
+        PlannedStage("search", False, f"{size}, {settings.search.n_candidates} candidates"),
         PlannedStage(
             "quantize", False, size, shlex.join([*ours, nearest_ftype(label), str(settings.config.n_threads)])
         ),

@@ -13,12 +13,13 @@ from dynrun.cli.output import StageReporter, emit, megabytes, say
 
 if TYPE_CHECKING:
     from dynrun.calibration.stage import ImatrixStage
+    from dynrun.choose import Settings
     from dynrun.evaluation.kld import Row
-    from dynrun.make import Made, Settings
+    from dynrun.make import Made
     from dynrun.target import Target
 
 
-@options.calibrated
+@options.allocated
 def make(
     model: options.Model,
     settings: Settings,
@@ -29,6 +30,11 @@ def make(
         Path | None, typer.Option("--out", "-o", help="Where to write the file (default: the cache).")
     ] = None,
     probe_tokens: options.ProbeTokens = 1024,
+    probe_error: options.ProbeError = 0.01,
+    probe_group: options.ProbeGroup = "",
+    probe_devices: options.ProbeDevices = "",
+    candidates: options.Candidates = 12,
+    rounds: options.Rounds = 3,
     eval_tokens: options.EvalTokens = 16384,
     no_feedback: Annotated[
         bool, typer.Option("--no-feedback", help="Round without error feedback (as all files are now).")
@@ -42,7 +48,12 @@ def make(
     """
     del no_feedback
     wanted = options.target(quant, bpw, size)
-    settings = replace(settings, probes=options.probes(probe_tokens), eval_tokens=eval_tokens)
+    settings = replace(
+        settings,
+        probes=options.probes(probe_tokens, probe_error, probe_group, probe_devices),
+        search=options.search(candidates, rounds),
+        eval_tokens=eval_tokens,
+    )
     if dry_run:
         _dry_run(model, wanted, settings, as_json)
         return

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynrun.allocation.search_stage import SearchStage
 
 
 def emit(as_json: bool, data: Mapping[str, Any], show: Callable[[], None]) -> None:
@@ -69,3 +72,15 @@ class StageReporter:
 def megabytes(n: int) -> str:
     """``n`` bytes as people read it."""
     return f"{n / 1e6:,.1f} MB"
+
+
+def candidates_table(search: SearchStage) -> str:
+    """The schemes that were measured, the best first, and how sure the first place is."""
+    if not search.trials:
+        return "no candidates were measured"
+    lines = [f"{'candidate':24} {'measured KLD':>12} {'predicted':>10}"]
+    lines += [f"{t['name']:24} {t['kld']:12.4f} {t['predicted_kld']:10.4f}" for t in search.trials]
+    if search.ratio is not None and search.ratio_ci95 is not None:
+        low, high = search.ratio_ci95
+        lines.append(f"the first over the second: {search.ratio:.3f} ({low:.3f}–{high:.3f})")
+    return "\n".join(lines)

@@ -23,7 +23,7 @@ from dynrun.calibration.template import template_of
 from dynrun.calibration.text import open_text
 from dynrun.config import Config
 from dynrun.llamacpp.vocabulary import Vocabulary
-from dynrun.make import Settings, imatrix_stage, read_texts, sensitivity_stage
+from dynrun.choose import Settings, imatrix_stage, read_texts, sensitivity_stage
 from dynrun.models import open_reference
 from dynrun.sensitivity.stage import ProbeSettings
 from dynrun.target import Target, budget_for

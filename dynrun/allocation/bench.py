@@ -1,0 +1,101 @@
+"""Whole schemes put in place in the loaded model and measured.
+
+What was measured is kept on disk under the scheme's types, so that an interrupted search goes on. Proposes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from dynrun.artifacts import key_of
+from dynrun.calibration.sequences import TokenSequence
+from dynrun.llamacpp.engine import Engine
+from dynrun.scoring.divergence import divergence
+from dynrun.scoring.reference import Codes, decode_logits, encode_logits
+from dynrun.sensitivity.errors import Quantizer
+from dynrun.sensitivity.in_place import InPlace
+
+
+class SearchLog:
+    """Measurements on disk, a JSON line each: (what, which) → numbers. A line torn by a kill is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[tuple[str, ...], list[float]] = {}
+        if not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                key, values = json.loads(line)
+                self.found[tuple(key)] = [float(value) for value in values]
+            except (ValueError, TypeError):
+                continue
+        path.write_text("".join(_line(key, values) for key, values in self.found.items()), encoding="utf-8")
+
+    def add(self, key: tuple[str, ...], values: Sequence[float]) -> None:
+        """Keep ``values``, on disk before this returns."""
+        self.found[key] = list(values)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(_line(key, values))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _line(key: tuple[str, ...], values: Sequence[float]) -> str:
+    return json.dumps([list(key), list(values)]) + "\n"
+
+
+class Bench:
+    """Measures schemes on ``sequences``; loads the model once there is something to do."""
+
+    def __init__(
+        self,
+        open_engine: Callable[[], Engine],
+        quantizer: Callable[[], Quantizer],
+        sequences: Sequence[TokenSequence],
+        log: SearchLog,
+    ) -> None:
+        self._open, self._quantizer = open_engine, quantizer
+        self.sequences, self.log = sequences, log
+        self._placed: InPlace | None = None
+        self._codes: list[Codes] = []
+
+    @property
+    def weights(self) -> list[int]:
+        """Scored tokens of each sequence."""
+        return [len(sequence.tokens) for sequence in self.sequences]
+
+    def scheme(self, types: Mapping[str, str]) -> list[float]:
+        """The mean KLD of each sequence with ``types`` in place."""
+        key = ("scheme", types_key(types))
+        if key not in self.log.found:
+            placed = self._loaded()
+            placed.place(types)
+            klds = []
+            for sequence, codes in zip(self.sequences, self._codes, strict=True):
+                logits = placed.engine.logits(sequence.tokens)
+                klds.append(float(divergence(decode_logits(codes), logits).kld.mean()))
+            self.log.add(key, klds)
+        return self.log.found[key]
+
+    def _loaded(self) -> InPlace:
+        if self._placed is None:
+            engine = self._open()
+            # The original's logits first: from here on the model holds schemes.
+            self._codes = [encode_logits(engine.logits(sequence.tokens)) for sequence in self.sequences]
+            self._placed = InPlace(engine, self._quantizer())
+        return self._placed
+
+    def close(self) -> None:
+        """Free the model."""
+        if self._placed is not None:
+            self._placed.engine.close()
+            self._placed = None
+
+
+def types_key(types: Mapping[str, str]) -> str:
+    """Content address of a scheme's types."""
+    return key_of({"types": dict(sorted(types.items()))})
