@@ -1,7 +1,7 @@
 """How good our schemes are at equal size: beside the stock preset, weighted MSE alone, and random allocations.
 
 usage: .venv/bin/python benchmarks/quality.py MODEL --text NAME=FILE ... --out DIR [--labels L,L] [--methods M,M]
-       [--eval-tokens 4096] [--schemes DIR] [--redo M,M] [--keep]
+       [--eval-tokens 4096] [--schemes DIR] [--redo M,M] [--keep] [--tokens N] [--probe-tokens N] [--candidates N]
        .venv/bin/python benchmarks/quality.py --summarize DIR
 
 Methods: ``stock``; ``ours``, as `dynrun make` chooses (or DIR/MODEL-LABEL.scheme.toml); ``wmse`` and ``wmse-row``,
@@ -192,7 +192,8 @@ def file_of(bench: Bench, budget: Budget, preset: Preset, method: Method) -> tup
     beside = "" if method[0] == OURS else f"-{method_name(*method).replace(':', '')}"
     write_scheme(scheme, bench.out / "schemes" / f"{bench.reference.name}-{budget.label}{beside}.scheme.toml")
     made = make_from_scheme(bench.reference, scheme, bench.imatrix, n_threads=n_threads, on_tensor=quiet)
-    return made, scheme.predicted_kld
+    # What is known before the text at hand is touched: measured on the probe split where the search did so.
+    return made, scheme.predicted_kld if scheme.measured_kld is None else scheme.measured_kld
 
 
 def measure(bench: Bench, budget: Budget, preset: Preset, method: Method, texts: Sequence[str]) -> None:
@@ -276,11 +277,25 @@ def run(bench: Bench, labels: Sequence[str], methods: Sequence[Method]) -> list[
 
 def open_bench(options: argparse.Namespace) -> Bench:
     """Tokenize the texts, collect the imatrix."""
-    reference, settings = open_reference(options.model), Settings(config=load_config())
+    reference, settings = open_reference(options.model), settings_of(options)
     parts = {name: parts_of(reference, spec, options.eval_tokens) for name, spec in options.text}
     texts = read_texts(reference, settings, Narrator())
     imatrix = imatrix_stage(reference, texts, settings, Narrator())
     return Bench(reference, imatrix, texts, parts, settings, options.out, options.schemes, options.keep)
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The product's defaults, but for what --tokens, --probe-tokens and --candidates say: large models take long."""
+    settings = Settings(config=load_config())
+    return replace(
+        settings,
+        imatrix=replace(settings.imatrix, n_tokens=options.tokens or settings.imatrix.n_tokens),
+        probes=replace(settings.probes, n_tokens=options.probe_tokens or settings.probes.n_tokens),
+        search=replace(
+            settings.search,
+            n_candidates=settings.search.n_candidates if options.candidates is None else options.candidates,
+        ),
+    )
 
 
 def parts_of(reference: Reference, spec: str, n_tokens: int) -> list[Scored]:
@@ -333,6 +348,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--text", action="append", type=_named, default=[], metavar="NAME=FILE")
     parser.add_argument("--eval-tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--probe-tokens", type=int)
+    parser.add_argument("--candidates", type=int)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--schemes", type=Path)
     parser.add_argument("--redo", default="", metavar="METHODS")

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
-# How far groups are believed to stray from the additive model, and schemes from the fitted one.
-_GROUPS_STRAY, _SCHEMES_STRAY = 0.3, 0.03
+# How far schemes are believed to stray from the fitted model.
+_SCHEMES_STRAY = 0.03
 _LEAST, _MOST = 0.4, 2.5
 # Schemes further than this from the best one say nothing about its surroundings.
 _NEAR = 1.5
@@ -43,8 +43,11 @@ def groups_of(names: Iterable[str]) -> dict[str, str]:
     return {n: n if m is None else f"{m[2]} {'first' if int(m[1]) < middle else 'second'}" for n, m in matches.items()}
 
 
-def refit(observations: Sequence[Observation]) -> dict[str, float]:
-    """What to multiply each group's prices by, around the best of ``observations``. Empty for a single one."""
+def refit(observations: Sequence[Observation], stray: float) -> dict[str, float]:
+    """What to multiply each group's prices by, around the best of ``observations``. Empty for a single one.
+
+    ``stray`` is τ, how far groups are believed to stray from the additive model.
+    """
     best = min(observation.kld for observation in observations)
     near = [one for one in observations if one.kld <= _NEAR * best]
     if len(near) < 2 or best <= 0:
@@ -55,7 +58,7 @@ def refit(observations: Sequence[Observation]) -> dict[str, float]:
     scale = float(np.median(klds / costs.sum(axis=1)))
     # In units of each scheme's KLD: the noise is relative.
     shares: Floats = scale * costs / klds[:, None]
-    left = shares.T @ shares / _SCHEMES_STRAY**2 + np.eye(len(groups)) / _GROUPS_STRAY**2
-    right = shares.T @ np.ones(len(near)) / _SCHEMES_STRAY**2 + np.ones(len(groups)) / _GROUPS_STRAY**2
+    left = shares.T @ shares / _SCHEMES_STRAY**2 + np.eye(len(groups)) / stray**2
+    right = shares.T @ np.ones(len(near)) / _SCHEMES_STRAY**2 + np.ones(len(groups)) / stray**2
     factors = np.clip(np.linalg.solve(left, right), _LEAST, _MOST)
     return {group: float(factor) for group, factor in zip(groups, factors, strict=True)}

@@ -27,7 +27,7 @@ from dynrun.sensitivity.stage import SensitivityStage
 
 RESULT_FILE = "search.json"
 _LOG_FILE = "measured.jsonl"
-_REVISION = 1
+_REVISION = 3
 
 
 @dataclass(frozen=True)

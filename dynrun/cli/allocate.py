@@ -41,7 +41,7 @@ def allocate(
     probe_error: options.ProbeError = 0.01,
     probe_group: options.ProbeGroup = "",
     probe_devices: options.ProbeDevices = "",
-    candidates: options.Candidates = 12,
+    candidates: options.Candidates = 10,
     rounds: options.Rounds = 3,
     as_json: options.AsJson = False,
 ) -> None:

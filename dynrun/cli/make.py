@@ -33,7 +33,7 @@ def make(
     probe_error: options.ProbeError = 0.01,
     probe_group: options.ProbeGroup = "",
     probe_devices: options.ProbeDevices = "",
-    candidates: options.Candidates = 12,
+    candidates: options.Candidates = 10,
     rounds: options.Rounds = 3,
     eval_tokens: options.EvalTokens = 16384,
     no_feedback: Annotated[

@@ -29,13 +29,19 @@ def quantized(engine: Engine, quantizer: Quantizer, name: str, type_name: str) -
     return encode(replacement.values, stored_as(engine, name) or ""), replacement.error
 
 
+# What was quantized is kept up to here: candidates share most of their tensors' types, and codebook types are slow.
+_KEPT_BYTES = 2 * 10**9
+
+
 @dataclass
 class InPlace:
-    """Whole schemes in one loaded model; only what differs from the one before is quantized."""
+    """Whole schemes in one loaded model; only what differs from the one before is written."""
 
     engine: Engine
     quantizer: Quantizer
     _types: dict[str, str] = field(default_factory=dict)
+    _kept: dict[tuple[str, str], npt.NDArray[np.uint8]] = field(default_factory=dict)
+    _kept_bytes: int = 0
 
     def place(self, types: Mapping[str, str]) -> None:
         """Have ``types`` in the model from now on, the original where it names none."""
@@ -46,5 +52,14 @@ class InPlace:
         for name, type_name in types.items():
             # What no decode touches (MTP blocks) is not loaded.
             if name in self.engine.weights and self._types.get(name) != type_name:
-                self.engine.write(name, quantized(self.engine, self.quantizer, name, type_name)[0])
+                self.engine.write(name, self._quantized(name, type_name))
                 self._types[name] = type_name
+
+    def _quantized(self, name: str, type_name: str) -> npt.NDArray[np.uint8]:
+        data = self._kept.get((name, type_name))
+        if data is None:
+            data = quantized(self.engine, self.quantizer, name, type_name)[0]
+            if self._kept_bytes + data.nbytes <= _KEPT_BYTES:
+                self._kept[name, type_name] = data
+                self._kept_bytes += data.nbytes
+        return data

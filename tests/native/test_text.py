@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dynrun.allocation.stage import allocate
+from dynrun.allocation.search import SearchSettings
 from dynrun.artifacts import stage_folder
 from dynrun.calibration import dataset
 from dynrun.calibration.conversation import Conversation
@@ -21,12 +21,12 @@ from dynrun.calibration.splits import split
 from dynrun.calibration.stage import ImatrixSettings
 from dynrun.calibration.template import template_of
 from dynrun.calibration.text import open_text
+from dynrun.choose import Settings, choose_scheme, imatrix_stage, read_texts
 from dynrun.config import Config
 from dynrun.llamacpp.vocabulary import Vocabulary
-from dynrun.choose import Settings, imatrix_stage, read_texts, sensitivity_stage
 from dynrun.models import open_reference
 from dynrun.sensitivity.stage import ProbeSettings
-from dynrun.target import Target, budget_for
+from dynrun.target import Target
 from tests.tiny import write_tiny_llama
 
 pytestmark = pytest.mark.native
@@ -129,15 +129,16 @@ def scheme(reference_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -
     """The imatrix's hash, the scheme's types, and the ids of what would be tested on."""
     monkeypatch.setenv("DYNRUN_CACHE", str(cache))
     settings = Settings(
-        imatrix=ImatrixSettings(n_tokens=2048, n_ctx=128), probes=ProbeSettings(256, 128, 64, 32), eval_tokens=512
+        imatrix=ImatrixSettings(n_tokens=2048, n_ctx=128),
+        probes=ProbeSettings(n_tokens=256, n_ctx=64, n_rows=32),
+        search=SearchSettings(n_tokens=256, n_ctx=128, n_candidates=3, rounds=1),
+        eval_tokens=512,
     )
     reference = open_reference(str(reference_path))
     texts = read_texts(reference, settings, Quiet())
     imatrix = imatrix_stage(reference, texts, settings, Quiet())
-    table = sensitivity_stage(reference, imatrix, texts, settings, Quiet(), lambda _: None)
-    budget, _ = budget_for(reference, imatrix, Target(bpw=5.5))
-    found = allocate(reference, imatrix, table.tensors, budget)
-    return imatrix.sha256, dict(found.types), {part.id for part in texts.test}
+    found = choose_scheme(reference, imatrix, texts, Target(bpw=5.5), settings, Quiet(), lambda _: None)
+    return imatrix.sha256, dict(found.scheme.types), {part.id for part in texts.test}
 
 
 def test_another_test_split_gives_the_same_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
