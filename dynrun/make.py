@@ -11,15 +11,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynrun.allocation.search_stage import search_folder
+from dynrun.allocation.transfer import errors_folder
 from dynrun.artifacts import Outcome, link_or_copy
 from dynrun.calibration.mixture import SELF_NAME, parse_mixture
 from dynrun.calibration.stage import IMATRIX_FILE, ImatrixStage
-from dynrun.choose import Chosen, Reporter, Settings, Texts, choose_scheme, imatrix_stage, job_for, read_texts
+from dynrun.choose import (
+    Chosen,
+    Reporter,
+    Settings,
+    Texts,
+    adopted,
+    application,
+    choose_scheme,
+    imatrix_stage,
+    job_for,
+    read_texts,
+    required,
+    sensitivity_stage,
+)
 from dynrun.evaluation.kld import Row, evaluate, is_measured
 from dynrun.llamacpp.build import installation
 from dynrun.metrics.intervals import Ratio
 from dynrun.models import Reference, made_path, open_reference
-from dynrun.quantize import Preset, Quantized, make_from_scheme, make_stock, nearest_ftype
+from dynrun.quantize import Preset, Quantized, make_from_scheme, make_stock, nearest_ftype, split
 from dynrun.scheme import Scheme, write_scheme
 from dynrun.sensitivity.stage import sensitivity_folder
 from dynrun.target import XL_LABELS, Target, budget_for, check_budget
@@ -27,77 +42,111 @@ from dynrun.target import XL_LABELS, Target, budget_for, check_budget
 
 @dataclass(frozen=True)
 class Made:
-    """All that `make` ends with. ``stages`` in order, each with its time and whether it was there already."""
+    """All that `make` ends with. ``files``: one, or its shards; ``stages`` in order, each with its time and whether it
+    was there already."""
 
-    file: Path
+    files: tuple[Path, ...]
     scheme_path: Path
-    scheme: Scheme
     reference: Reference
     imatrix: ImatrixStage
     chosen: Chosen
     row: Row
-    baseline: Preset
     baseline_row: Row
-    ratio: Ratio | None
     stages: tuple[Outcome, ...]
     elapsed_s: float
+
+    @property
+    def file(self) -> Path:
+        """The file, or the first shard, which stands for all."""
+        return self.files[0]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files together."""
+        return sum(path.stat().st_size for path in self.files)
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.chosen.scheme
+
+    @property
+    def baseline(self) -> Preset:
+        """The stock preset that is compared with."""
+        return self.chosen.preset
+
+    @property
+    def ratio(self) -> Ratio | None:
+        """The file's mean KLD over the stock preset's."""
+        return self.row.ratio_to(self.baseline_row)
 
 
 def make(
     model: str,
-    target: Target,
+    target: Target | None,
     settings: Settings,
     reporter: Reporter,
     log: Callable[[str], None],
     out: Path | None = None,
+    *,
+    scheme: Scheme | None = None,
+    split_max_size: int | None = None,
 ) -> Made:
-    """Make the best file of the wanted size, and prove it."""
+    """Make the best file of the wanted size, and prove it; or of a known ``scheme`` (:func:`choose_scheme`).
+
+    With ``split_max_size`` the proof is of the single file; shards of so many bytes are written, the budget's in all.
+    """
     started = time.monotonic()
     reference = open_reference(model)
+    known = adopted(scheme, reference) if scheme else None
     texts = read_texts(reference, settings, reporter)
     imatrix = imatrix_stage(reference, texts, settings, reporter)
-    chosen = choose_scheme(reference, imatrix, texts, target, settings, reporter, log)
-    scheme, preset = chosen.scheme, chosen.preset
-    ours, stock = _both_files(reference, scheme, preset, imatrix, settings, reporter)
-    rows, evaluated = _evaluate(reference, [ours.path, stock.path], texts, settings, reporter)
+    chosen = choose_scheme(
+        *(reference, imatrix, texts, target, settings, reporter, log), scheme=known, split_max_size=split_max_size
+    )
+    ours, stock = _both_files(reference, chosen, imatrix, settings, reporter, split_max_size)
+    (row, baseline_row), evaluated = _evaluate(reference, [ours.path, stock.path], texts, settings, reporter)
     file = out or made_path(reference.name, chosen.budget.label)
-    link_or_copy(ours.path, file)
+    files = _publish(ours.path, file, split_max_size, reporter)
     scheme_path = file.with_suffix(".scheme.toml")
-    write_scheme(scheme, scheme_path)
+    write_scheme(chosen.scheme, scheme_path)
     return Made(
-        file=file,
+        files=files,
         scheme_path=scheme_path,
-        scheme=scheme,
         reference=reference,
         imatrix=imatrix,
         chosen=chosen,
-        row=rows[0],
-        baseline=preset,
-        baseline_row=rows[1],
-        ratio=rows[0].ratio_to(rows[1]),
-        stages=(
-            *(imatrix.outcome, chosen.table.outcome, chosen.search.outcome),
-            *(ours.outcome, stock.outcome, evaluated),
-        ),
+        row=row,
+        baseline_row=baseline_row,
+        stages=(imatrix.outcome, *chosen.outcomes, ours.outcome, stock.outcome, evaluated),
         elapsed_s=time.monotonic() - started,
     )
 
 
+def _publish(made: Path, file: Path, split_max_size: int | None, reporter: Reporter) -> tuple[Path, ...]:
+    """The file under the name that the user wants, or its shards."""
+    if split_max_size is None:
+        link_or_copy(made, file)
+        return (file,)
+    reporter.stage("split", f"shards of at most {split_max_size:,} bytes")
+    return tuple(split(made, file.with_name(file.name.removesuffix(".gguf")), split_max_size))
+
+
 def _both_files(
     reference: Reference,
-    scheme: Scheme,
-    preset: Preset,
+    chosen: Chosen,
     imatrix: ImatrixStage,
     settings: Settings,
     reporter: Reporter,
+    split_max_size: int | None,
 ) -> tuple[Quantized, Quantized]:
     """The scheme's file and the stock preset's."""
+    scheme, preset, n_threads = chosen.scheme, chosen.preset, settings.config.n_threads
     reporter.stage("quantize", f"{scheme.size_bytes:,} bytes")
     ours = make_from_scheme(
-        reference, scheme, imatrix, n_threads=settings.config.n_threads, on_tensor=reporter.progress
+        *(reference, scheme, imatrix), n_threads=n_threads, on_tensor=reporter.progress, split_max_size=split_max_size
     )
     reporter.stage("stock preset", f"{preset.ftype}, {preset.size_bytes:,} bytes")
-    stock = make_stock(reference, preset, imatrix, n_threads=settings.config.n_threads, on_tensor=reporter.progress)
+    stock = make_stock(reference, preset, imatrix, n_threads=n_threads, on_tensor=reporter.progress)
     return ours, stock
 
 
@@ -118,6 +167,9 @@ def _evaluate(
     return rows, Outcome("evaluation", {}, time.monotonic() - started, cached=known)
 
 
+# -- a dry run ---------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class PlannedStage:
     """A stage as `make --dry-run` shows it."""
@@ -128,37 +180,116 @@ class PlannedStage:
     command: str = ""
 
 
-def plan(model: str, target: Target, settings: Settings) -> list[PlannedStage]:
+@dataclass(frozen=True)
+class _Choice:
+    """The stages that choose the types; ``size`` in words, ``label`` and ``ftype`` "" where they are not known yet."""
+
+    stages: tuple[PlannedStage, ...]
+    size: str
+    label: str
+    ftype: str
+
+
+def plan(
+    model: str,
+    target: Target | None,
+    settings: Settings,
+    *,
+    scheme: Scheme | None = None,
+    split_max_size: int | None = None,
+) -> list[PlannedStage]:
     """What :func:`make` would do: stages, sizes and commands. Sizes of a label need the imatrix to be there."""
     reference = open_reference(model)
-    size, label = "known once the imatrix is there", target.quant or ""
-    ftype = XL_LABELS.get(label, (label, 1.0))[0]
-    known, probed = _known_imatrix(reference, settings), False
-    if known is not None:
-        imatrix, texts = known
-        budget, preset = budget_for(reference, imatrix, target)
-        check_budget(reference, imatrix, budget, settings.menu, settings.constraints)
-        size, label, ftype = f"{budget.size_bytes:,} bytes", budget.label, preset.ftype
-        probed = sensitivity_folder(reference, imatrix, texts.probe, settings.probes, settings.menu).complete
-    program = str(installation().program("llama-quantize"))
-    source = str(reference.path)
-    ours = [program, "--imatrix", IMATRIX_FILE, "--tensor-type-file", "tensor-types.txt", source, "model.gguf"]
-    stock = [program, "--imatrix", IMATRIX_FILE, source, "model.gguf", ftype or "PRESET"]
-    probes = settings.probes
+    whole = adopted(scheme, reference) if scheme else None
+    known = _known_imatrix(reference, settings)
+    if known is None:
+        choice = _unknown_choice(target, settings, whole)
+    elif whole is None:
+        choice = _searched_choice(reference, *known, target, settings, split_max_size)
+    else:
+        choice = _applied_choice(reference, known[0], target, settings, whole, split_max_size)
+    imatrix = f"{settings.imatrix.n_tokens:,} tokens, n_ctx {settings.imatrix.n_ctx}"
+    shards = f"shards of at most {split_max_size:,} bytes" if split_max_size else ""
     return [
-        PlannedStage("reference", True, f"{source}, {reference.header.file_bytes:,} bytes"),
-        PlannedStage(
-            "imatrix", known is not None, f"{settings.imatrix.n_tokens:,} tokens, n_ctx {settings.imatrix.n_ctx}"
-        ),
-        PlannedStage("sensitivity", probed, f"up to {probes.n_tokens:,} tokens a tensor"),
-        PlannedStage("search", False, f"{size}, {settings.search.n_candidates} candidates"),
-        PlannedStage(
-            "quantize", False, size, shlex.join([*ours, nearest_ftype(label), str(settings.config.n_threads)])
-        ),
-        PlannedStage("stock preset", False, ftype, shlex.join([*stock, str(settings.config.n_threads)])),
+        PlannedStage("reference", True, f"{reference.path}, {reference.header.file_bytes:,} bytes"),
+        PlannedStage("imatrix", known is not None, imatrix),
+        *choice.stages,
+        *_file_stages(reference, choice, settings.config.n_threads),
         PlannedStage("evaluation", False, f"{settings.eval_tokens:,} tokens of the test split, reference and 2 files"),
-        PlannedStage("result", False, str(made_path(reference.name, label or "?"))),
+        *([PlannedStage("split", False, shards)] if shards else []),
+        PlannedStage("result", False, str(made_path(reference.name, choice.label or "?"))),
     ]
+
+
+def _unknown_choice(target: Target | None, settings: Settings, scheme: Scheme | None) -> _Choice:
+    """As far as it can be told before there is an imatrix."""
+    label = target.quant or "" if target else scheme.label if scheme else ""
+    size = "known once the imatrix is there"
+    stages = _transfer_stages(size) if scheme and scheme.slopes else () if scheme else _search_stages(settings, size)
+    return _Choice(stages, size, label, XL_LABELS.get(label, (label, 1.0))[0])
+
+
+def _searched_choice(
+    reference: Reference,
+    imatrix: ImatrixStage,
+    texts: Texts,
+    target: Target | None,
+    settings: Settings,
+    split_max_size: int | None,
+) -> _Choice:
+    budget, preset = budget_for(reference, imatrix, required(target), split_max_size)
+    check_budget(reference, imatrix, budget, settings.menu, settings.constraints)
+    size, searched = f"{budget.size_bytes:,} bytes", False
+    probed = sensitivity_folder(reference, imatrix, texts.probe, settings.probes, settings.menu).complete
+    if probed:
+        table = sensitivity_stage(reference, imatrix, texts, settings, _Silent(), lambda _: None)
+        chosen = (budget, settings.constraints, settings.search)
+        searched = search_folder(reference, imatrix, table, texts.selection, *chosen).complete
+    return _Choice(_search_stages(settings, size, probed, searched), size, budget.label, preset.ftype)
+
+
+def _applied_choice(
+    reference: Reference,
+    imatrix: ImatrixStage,
+    target: Target | None,
+    settings: Settings,
+    scheme: Scheme,
+    split_max_size: int | None,
+) -> _Choice:
+    found = application(reference, imatrix, scheme, target, settings, split_max_size)
+    label, ftype = found.budget.label, found.preset.ftype
+    if found.stands:
+        return _Choice((), f"{found.scheme.size_bytes:,} bytes", label, ftype)
+    size = f"{found.budget.size_bytes:,} bytes"
+    computed = errors_folder(reference, imatrix, settings.menu, settings.probes).complete
+    return _Choice(_transfer_stages(size, computed), size, label, ftype)
+
+
+def _search_stages(
+    settings: Settings, size: str, probed: bool = False, searched: bool = False
+) -> tuple[PlannedStage, ...]:
+    return (
+        PlannedStage("sensitivity", probed, f"up to {settings.probes.n_tokens:,} tokens a tensor"),
+        PlannedStage("search", searched, f"{size}, {settings.search.n_candidates} candidates"),
+    )
+
+
+def _transfer_stages(size: str, computed: bool = False) -> tuple[PlannedStage, ...]:
+    return (
+        PlannedStage("errors", computed, "of all types; the slopes are the scheme's"),
+        PlannedStage("allocation", False, size),
+    )
+
+
+def _file_stages(reference: Reference, choice: _Choice, n_threads: int) -> tuple[PlannedStage, ...]:
+    program, source = str(installation().program("llama-quantize")), str(reference.path)
+    types = ["--tensor-type-file", "tensor-types.txt"]
+    ours = [program, "--imatrix", IMATRIX_FILE, *types, source, "model.gguf", nearest_ftype(choice.label)]
+    stock = [program, "--imatrix", IMATRIX_FILE, source, "model.gguf", choice.ftype or "PRESET"]
+    return (
+        PlannedStage("quantize", False, choice.size, shlex.join([*ours, str(n_threads)])),
+        PlannedStage("stock preset", False, choice.ftype, shlex.join([*stock, str(n_threads)])),
+    )
 
 
 def _known_imatrix(reference: Reference, settings: Settings) -> tuple[ImatrixStage, Texts] | None:

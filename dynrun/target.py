@@ -17,7 +17,7 @@ from dynrun.calibration.stage import ImatrixStage
 from dynrun.errors import UsageError
 from dynrun.gguf.quantizable import candidate_types, quantizable
 from dynrun.models import Reference
-from dynrun.quantize import STOCK_PRESETS, Preset, fixed_bytes, stock_preset
+from dynrun.quantize import STOCK_PRESETS, Preset, fixed_bytes, shard_overhead_bytes, stock_preset
 
 # Over the stock preset of the same bits, as Unsloth's files of these names are.
 XL_LABELS = {"Q2_K_XL": ("Q2_K", 1.017), "Q3_K_XL": ("Q3_K_M", 1.020), "Q4_K_XL": ("Q4_K_M", 1.015)}
@@ -25,6 +25,8 @@ XL_LABELS = {"Q2_K_XL": ("Q2_K", 1.017), "Q3_K_XL": ("Q3_K_M", 1.020), "Q4_K_XL"
 
 # Presets for models that were trained for them.
 _SPECIAL = frozenset({"TQ1_0", "TQ2_0", "MXFP4_MOE", "NVFP4", "Q1_0", "Q2_0"})
+# Sizes that differ by less are called equal.
+_EQUAL = 0.005
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,14 @@ class Target:
             raise UsageError(f"{self.bpw} bits per weight make no file", fix="give a positive --bpw")
 
 
-def budget_for(reference: Reference, imatrix: ImatrixStage, target: Target) -> tuple[Budget, Preset]:
-    """The budget, and the stock preset to compare with: the label's own, or the largest that is no larger."""
+def budget_for(
+    reference: Reference, imatrix: ImatrixStage, target: Target, split_max_size: int | None = None
+) -> tuple[Budget, Preset]:
+    """The budget, and the stock preset to compare with: the label's own, or the largest that is no larger.
+
+    What shards of ``split_max_size`` bytes have more than one file comes off the budget. Raises UsageError for an
+    unknown label, DoesNotFitError where no such shard can hold the metadata.
+    """
     if target.quant is not None:
         ftype, factor = XL_LABELS.get(target.quant, (target.quant, 1.0))
         if ftype not in STOCK_PRESETS:
@@ -56,7 +64,35 @@ def budget_for(reference: Reference, imatrix: ImatrixStage, target: Target) -> t
         size = target.size_bytes or int((target.bpw or 0) * reference.header.n_elements / 8)
         label = f"{size * 8 / reference.header.n_elements:.2f}bpw"
         preset = nearest_preset(reference, imatrix, size)
-    return Budget(label, size, fixed_bytes(reference, imatrix, label), preset.types), preset
+    return _budget(reference, imatrix, label, size, preset, split_max_size), preset
+
+
+def budget_of(
+    reference: Reference, imatrix: ImatrixStage, label: str, size_bytes: int, split_max_size: int | None = None
+) -> tuple[Budget, Preset]:
+    """:func:`budget_for` of a scheme that is known already: its label and size.
+
+    To compare with: the label's own preset where it is of that size, give or take 0.5%, else the largest that is no
+    larger.
+    """
+    preset = _namesake(reference, imatrix, label, size_bytes) or nearest_preset(reference, imatrix, size_bytes)
+    return _budget(reference, imatrix, label, size_bytes, preset, split_max_size), preset
+
+
+def _namesake(reference: Reference, imatrix: ImatrixStage, label: str, size_bytes: int) -> Preset | None:
+    ftype, factor = XL_LABELS.get(label, (label, 1.0))
+    if ftype not in STOCK_PRESETS:
+        return None
+    preset = stock_preset(reference, ftype, imatrix)
+    return preset if abs(preset.size_bytes * factor - size_bytes) <= _EQUAL * size_bytes else None
+
+
+def _budget(
+    reference: Reference, imatrix: ImatrixStage, label: str, size: int, preset: Preset, split_max_size: int | None
+) -> Budget:
+    if split_max_size is not None:
+        size -= shard_overhead_bytes(reference, imatrix, label, size, split_max_size)
+    return Budget(label, size, fixed_bytes(reference, imatrix, label), preset.types)
 
 
 def presets_of(reference: Reference, imatrix: ImatrixStage) -> list[Preset]:

@@ -96,7 +96,9 @@ def linear(
         own = [max(kld, 0.0) / error for error, kld in slope.points if error > 0] if slope else []
         if not own or option.type not in errors[name]:
             return option.cost
-        return choose(own) * errors[name][option.type]
+        error = errors[name][option.type]
+        unseen = option.cost - slope.price(error) if slope else 0.0
+        return choose(own) * error + max(0.0, unseen)
 
     return repriced(options, price)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -40,7 +40,8 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and its mean KLD (nats per token) on each selection sequence."""
+    """A candidate and its mean KLD (nats per token) on each selection sequence: measured with its weights in place,
+    and what the kernels' quantization of activations is predicted to add."""
 
     candidate: Candidate
     clusters: Clusters
@@ -84,12 +85,14 @@ class Narrator(Protocol):
 
 @dataclass
 class Search:
-    """One search: ``options`` with their additive prices, ``solve`` within the limits."""
+    """One search: ``options`` with their additive prices, ``solve`` within the limits; ``unseen``: for each tensor the
+    part of a type's price that weights put in place do not show."""
 
     options: Options
     solve: Solver
     slopes: Mapping[str, Slope]
     errors: Mapping[str, Mapping[str, float]]
+    unseen: Mapping[str, Callable[[str], float]]
     bench: Measures
     settings: SearchSettings
     narrate: Narrator
@@ -136,7 +139,8 @@ class Search:
         if (key := types_key(types)) in self._trials:
             return self._trials[key].kld
         klds, weights = self.bench.scheme(types), self.bench.weights
-        clusters = Clusters(tuple(k * w for k, w in zip(klds, weights, strict=True)), tuple(weights))
+        unseen = math.fsum(self.unseen[tensor](t) for tensor, t in types.items())
+        clusters = Clusters(tuple((k + unseen) * w for k, w in zip(klds, weights, strict=True)), tuple(weights))
         trial = self._trials[key] = Trial(ways.candidate(name, self.options, types), clusters)
         note = f"{name}: KLD {trial.kld:.5f}, predicted {trial.candidate.predicted:.5f}"
         self.narrate(len(self._trials), max(self.settings.n_candidates, len(self._trials)), note)

@@ -27,7 +27,7 @@ from dynrun.sensitivity.stage import SensitivityStage
 
 RESULT_FILE = "search.json"
 _LOG_FILE = "measured.jsonl"
-_REVISION = 3
+_REVISION = 4
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def search(
                 solver_for(reference, budget, constraints),
                 {name: row.slope for name, row in table.tensors.items() if row.slope},
                 {name: row.errors for name, row in table.tensors.items()},
+                {name: row.unseen for name, row in table.tensors.items()},
                 bench,
                 settings,
                 narrate,

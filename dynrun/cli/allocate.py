@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from dynrun.calibration.stage import ImatrixStage
     from dynrun.choose import Chosen, Settings, Texts
     from dynrun.models import Reference
+    from dynrun.scheme import Scheme
     from dynrun.target import Target
+
+SchemePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--scheme",
+        metavar="FILE",
+        help="A scheme, or a GGUF to take the types of. One without slopes is taken as it stands; one with them, for a "
+        "fine-tune of its model or another size, is solved again, without probes.",
+    ),
+]
 
 
 @options.allocated
@@ -43,11 +54,13 @@ def allocate(
     probe_devices: options.ProbeDevices = "",
     candidates: options.Candidates = 10,
     rounds: options.Rounds = 3,
+    scheme: SchemePath = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Choose one type for each tensor: the least predicted KLD within the size and the constraints.
 
-    Example: dynrun allocate demo --bpw 4.5 --pin 'token_embd=Q6_K' --out demo.toml
+    Example: dynrun allocate demo --bpw 4.5 --pin 'token_embd=Q6_K' --out demo.toml. For a fine-tune, nothing probed:
+    dynrun allocate tuned.gguf --scheme demo.toml
     """
     settings = replace(
         settings,
@@ -55,19 +68,47 @@ def allocate(
         search=options.search(candidates, rounds),
     )
     if curve:
-        _check_curve(settings, quant, bpw, size)
+        _check_curve(settings, quant, bpw, size, scheme)
         _curve(model, settings, points, out, as_json)
     else:
-        _scheme(model, settings, options.target(quant, bpw, size), out, as_json)
+        _scheme(model, settings, wanted(quant, bpw, size, scheme), scheme_for(model, scheme), out, as_json)
 
 
-def _scheme(model: str, settings: Settings, wanted: Target, out: Path | None, as_json: bool) -> None:
-    from dynrun.choose import choose_scheme
+def wanted(quant: str | None, bpw: float | None, size: str | None, scheme: Path | None) -> Target | None:
+    """The wanted size; with a scheme it may be left out. Raises UsageError."""
+    if scheme is not None and quant is None and bpw is None and size is None:
+        return None
+    return options.target(quant, bpw, size)
+
+
+def scheme_for(model: str, path: Path | None) -> Scheme | None:
+    """The scheme in a file, or of a GGUF, if one is given. Raises UsageError where it is for another model."""
+    from dynrun.gguf.header import read_header
+    from dynrun.gguf.quantizable import quantizable
+    from dynrun.models import resolve
+    from dynrun.scheme import check_architecture
+    from dynrun.scheme_gguf import open_scheme
+
+    if path is None:
+        return None
+    # The architecture first: of another model every tensor's name would be wrong, which says less.
+    scheme = open_scheme(path).scheme
+    header = read_header(resolve(model).path)
+    check_architecture(scheme, header.architecture, header.path)
+    return open_scheme(path, quantizable(header)).scheme
+
+
+def _scheme(
+    model: str, settings: Settings, target: Target | None, known: Scheme | None, out: Path | None, as_json: bool
+) -> None:
+    from dynrun.choose import adopted, choose_scheme
+    from dynrun.models import open_reference
     from dynrun.scheme import write_scheme
 
-    reporter = StageReporter()
-    reference, texts, imatrix = _calibrate(model, settings, reporter)
-    chosen = choose_scheme(reference, imatrix, texts, wanted, settings, reporter, reporter.log)
+    reporter, reference = StageReporter(), open_reference(model)
+    whole = adopted(known, reference) if known else None
+    texts, imatrix = _calibrate(reference, settings, reporter)
+    chosen = choose_scheme(reference, imatrix, texts, target, settings, reporter, reporter.log, scheme=whole)
     scheme = chosen.scheme
     path = out or Path(f"{reference.name}-{chosen.budget.label}.scheme.toml")
     write_scheme(scheme, path)
@@ -77,34 +118,43 @@ def _scheme(model: str, settings: Settings, wanted: Target, out: Path | None, as
         "size_bytes": scheme.size_bytes,
         "predicted_kld": scheme.predicted_kld,
         "measured_kld": scheme.measured_kld,
-        "candidates": [dict(trial) for trial in chosen.search.trials],
-        "ratio_to_runner_up": chosen.search.ratio,
+        **candidates_json(chosen),
         "ratio_ci95": None if chosen.search.ratio_ci95 is None else list(chosen.search.ratio_ci95),
         "types": dict(scheme.types),
     }
     emit(as_json, data, lambda: _show_scheme(chosen, path))
 
 
+def candidates_json(chosen: Chosen) -> dict[str, Any]:
+    """What was measured to choose, the best first; nothing of a known scheme."""
+    found = chosen.search
+    return {"candidates": [dict(trial) for trial in found.trials], "ratio_to_runner_up": found.ratio}
+
+
 def _show_scheme(chosen: Chosen, path: Path) -> None:
-    print(candidates_table(chosen.search))
+    if chosen.search.trials:
+        print(candidates_table(chosen.search))
     scheme = chosen.scheme
-    print(f"{scheme.size_bytes:,} of {scheme.budget_bytes:,} bytes, predicted KLD {scheme.predicted_kld or 0:.4f}")
+    predicted = "" if scheme.predicted_kld is None else f", predicted KLD {scheme.predicted_kld:.4f}"
+    print(f"{scheme.size_bytes:,} of {scheme.budget_bytes:,} bytes{predicted}")
     print(f"{path}   (dynrun scheme show {path})")
 
 
-def _calibrate(model: str, settings: Settings, reporter: StageReporter) -> tuple[Reference, Texts, ImatrixStage]:
+def _calibrate(reference: Reference, settings: Settings, reporter: StageReporter) -> tuple[Texts, ImatrixStage]:
     from dynrun.choose import imatrix_stage, read_texts
-    from dynrun.models import open_reference
 
-    reference = open_reference(model)
     texts = read_texts(reference, settings, reporter)
-    return reference, texts, imatrix_stage(reference, texts, settings, reporter)
+    return texts, imatrix_stage(reference, texts, settings, reporter)
 
 
-def _check_curve(settings: Settings, quant: str | None, bpw: float | None, size: str | None) -> None:
+def _check_curve(
+    settings: Settings, quant: str | None, bpw: float | None, size: str | None, scheme: Path | None
+) -> None:
     """Raise UsageError, before anything is measured, for options that belong to one size."""
     if quant is not None or bpw is not None or size is not None:
         raise UsageError("--curve is of all sizes", fix="leave out --quant, --bpw and --size")
+    if scheme is not None:
+        raise UsageError("--curve is drawn from the model's own sensitivity", fix="leave out --scheme")
     if settings.constraints.speed is not None:
         raise UsageError("--min-speed is relative to the preset of one size", fix="leave it out with --curve")
 
@@ -112,10 +162,11 @@ def _check_curve(settings: Settings, quant: str | None, bpw: float | None, size:
 def _curve(model: str, settings: Settings, points: int, out: Path | None, as_json: bool) -> None:
     from dynrun.allocation.curve import draw
     from dynrun.choose import sensitivity_stage
+    from dynrun.models import open_reference
     from dynrun.target import check_constraints, curve_for
 
-    reporter = StageReporter()
-    reference, texts, imatrix = _calibrate(model, settings, reporter)
+    reporter, reference = StageReporter(), open_reference(model)
+    texts, imatrix = _calibrate(reference, settings, reporter)
     check_constraints(reference, imatrix, settings.menu, settings.constraints)
     table = sensitivity_stage(reference, imatrix, texts, settings, reporter, reporter.log)
     reporter.stage("curve", f"{points} sizes and the stock presets")

@@ -9,14 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynrun.cli import options
-from dynrun.cli.output import StageReporter, emit, megabytes, say
+from dynrun.cli.allocate import SchemePath, candidates_json, scheme_for, wanted
+from dynrun.cli.output import StageReporter, candidates_table, emit, megabytes, say
+from dynrun.cli.quantize import SplitMaxSize
 
 if TYPE_CHECKING:
     from dynrun.calibration.stage import ImatrixStage
     from dynrun.choose import Settings
     from dynrun.evaluation.kld import Row
     from dynrun.make import Made
+    from dynrun.scheme import Scheme
     from dynrun.target import Target
+
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the file (default: the cache).")]
+# Lines of the candidates' table; all of them are in `--json`.
+_MOST_CANDIDATES = 4
 
 
 @options.allocated
@@ -26,9 +33,7 @@ def make(
     quant: options.Quant = None,
     bpw: options.Bpw = None,
     size: options.Size = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where to write the file (default: the cache).")
-    ] = None,
+    out: Out = None,
     probe_tokens: options.ProbeTokens = 1024,
     probe_error: options.ProbeError = 0.01,
     probe_group: options.ProbeGroup = "",
@@ -36,6 +41,8 @@ def make(
     candidates: options.Candidates = 10,
     rounds: options.Rounds = 3,
     eval_tokens: options.EvalTokens = 16384,
+    scheme: SchemePath = None,
+    split_max_size: SplitMaxSize = None,
     no_feedback: Annotated[
         bool, typer.Option("--no-feedback", help="Round without error feedback (as all files are now).")
     ] = False,
@@ -44,30 +51,45 @@ def make(
 ) -> None:
     """Make the best GGUF of the wanted size, and prove it beside the stock preset.
 
-    Killed at any moment and run again, it goes on. Example: dynrun make demo --quant Q3_K_M
+    Killed at any moment and run again, it goes on. Example: dynrun make demo --quant Q3_K_M. A fine-tune, nothing
+    probed: dynrun make tuned.gguf --scheme demo-Q3_K_M.scheme.toml
     """
-    del no_feedback
-    wanted = options.target(quant, bpw, size)
+    target, shard_bytes = wanted(quant, bpw, size, scheme), max_bytes(split_max_size)
     settings = replace(
         settings,
         probes=options.probes(probe_tokens, probe_error, probe_group, probe_devices),
         search=options.search(candidates, rounds),
         eval_tokens=eval_tokens,
     )
+    known = scheme_for(model, scheme)
     if dry_run:
-        _dry_run(model, wanted, settings, as_json)
-        return
-    made = run_make(model, wanted, settings, out)
-    emit(as_json, to_json(made), lambda: show(made))
+        _dry_run(model, target, settings, known, shard_bytes, as_json)
+    else:
+        made = run_make(model, target, settings, out, known, shard_bytes)
+        emit(as_json, to_json(made), lambda: show(made))
 
 
-def run_make(model: str, wanted: Target, settings: Settings, out: Path | None = None) -> Made:
+def max_bytes(split_max_size: str | None) -> int | None:
+    """Of a shard. Raises UsageError."""
+    return options.size_bytes(split_max_size) if split_max_size else None
+
+
+def run_make(
+    model: str,
+    target: Target | None,
+    settings: Settings,
+    out: Path | None = None,
+    scheme: Scheme | None = None,
+    split_max_size: int | None = None,
+) -> Made:
     """`make` with its progress on stderr."""
     from dynrun.make import make as make_model
 
     reporter = StageReporter()
     say(f"log: {reporter.path}")
-    made = make_model(model, wanted, settings, reporter, reporter.log, out)
+    made = make_model(
+        *(model, target, settings, reporter, reporter.log, out), scheme=scheme, split_max_size=split_max_size
+    )
     for note in notes(made.imatrix):
         say(note)
     return made
@@ -92,10 +114,17 @@ def notes(imatrix: ImatrixStage) -> list[str]:
     return found
 
 
-def _dry_run(model: str, wanted: Target, settings: Settings, as_json: bool) -> None:
+def _dry_run(
+    model: str,
+    target: Target | None,
+    settings: Settings,
+    scheme: Scheme | None,
+    split_max_size: int | None,
+    as_json: bool,
+) -> None:
     from dynrun.make import plan
 
-    stages = plan(model, wanted, settings)
+    stages = plan(model, target, settings, scheme=scheme, split_max_size=split_max_size)
 
     def show_plan() -> None:
         for stage in stages:
@@ -111,13 +140,15 @@ def to_json(made: Made) -> dict[str, Any]:
     row, other, ratio = made.row, made.baseline_row, made.ratio
     return {
         "file": str(made.file),
+        "files": list(map(str, made.files)),
         "scheme": str(made.scheme_path),
         "reference": str(made.reference.path),
         "imatrix": str(made.imatrix.path),
-        "size_bytes": row.size_bytes,
+        "size_bytes": made.size_bytes,
         "bpw": row.bpw,
         "predicted_kld": made.scheme.predicted_kld,
         "kld": _kld(row),
+        **candidates_json(made.chosen),
         "baseline": {
             "ftype": made.baseline.ftype,
             "file": str(other.file),
@@ -139,7 +170,7 @@ def _kld(row: Row) -> dict[str, Any]:
 
 
 def show(made: Made) -> None:
-    """The table, and where the files are."""
+    """The candidates, the table, and where the files are."""
     from rich.console import Console
     from rich.table import Table
 
@@ -153,15 +184,25 @@ def show(made: Made) -> None:
             *(name, megabytes(row.size_bytes), f"{row.bpw:.2f}", f"{row.kld.mean:.4f} ({low:.4f}–{high:.4f})"),
             *(f"{row.kld.p99:.3f}", f"{row.same_top_p:.1%}", f"{row.ppl:.2f}"),
         )
+    _show_candidates(made)
     console = Console(highlight=False, width=110)
     console.print()
     console.print(table)
     if made.ratio is not None:
         low, high = made.ratio.ci95
         console.print(f"\nKLD ratio {made.ratio.value:.3f} ({low:.3f}–{high:.3f}): dynrun's over the stock preset's,")
-    console.print(
-        f"same imatrix, {made.row.n_tokens:,} tokens of conversations not calibrated on; "
-        f"predicted {made.scheme.predicted_kld:.4f}"
-    )
-    print(f"file    {made.file}")
+    predicted = "" if made.scheme.predicted_kld is None else f"; predicted {made.scheme.predicted_kld:.4f}"
+    console.print(f"same imatrix, {made.row.n_tokens:,} tokens of conversations not calibrated on{predicted}")
+    for path in made.files:
+        print(f"file    {path}")
     print(f"scheme  {made.scheme_path}")
+
+
+def _show_candidates(made: Made) -> None:
+    """The best of them: what was measured on the probe split to choose the scheme."""
+    search = made.chosen.search
+    if not search.trials:
+        return
+    print(candidates_table(replace(search, trials=search.trials[:_MOST_CANDIDATES])))
+    if (n_more := len(search.trials) - _MOST_CANDIDATES) > 0:
+        print(f"and {n_more} more, none of them better (--json)")

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from dynrun.gguf.header import Header, TensorInfo
-from dynrun.gguf.tensor_types import TENSOR_TYPES
+from dynrun.gguf.tensor_types import DEFAULT_MENU, TENSOR_TYPES, substitutes
 
 _KEPT = (
     *("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj"),
@@ -69,12 +69,22 @@ def candidate_types(
 ) -> list[str]:
     """The types of ``menu`` that ``tensor`` can be given; ``imatrix`` holds the names that have an entry.
 
-    F16 is always possible, so the list is never empty.
+    Where none is, the nearest ones of the default menu (:func:`substitutes`): F16 is always possible, so the list is
+    never empty.
     """
+    menu = tuple(menu)
+    if types := _possible(tensor, menu, imatrix, metadata):
+        return types
+    return substitutes(menu, _possible(tensor, DEFAULT_MENU, imatrix, metadata)) or ["F16"]
+
+
+def _possible(
+    tensor: TensorInfo, menu: Iterable[str], imatrix: Collection[str], metadata: Mapping[str, Any]
+) -> list[str]:
     types = [name for name in menu if TENSOR_TYPES[name].fits(tensor.shape[0])]
     if tensor.name not in imatrix:
         unchecked = tensor.name in _UNCHECKED
         types = [t for t in types if not TENSOR_TYPES[t].needs_imatrix or (unchecked and t not in _ASSERTING)]
     if is_mtp(tensor.name, metadata):
         types = [t for t in types if TENSOR_TYPES[t].bpw >= _UNMEASURED_MIN_BPW]
-    return types or ["F16"]
+    return types

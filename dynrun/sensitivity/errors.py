@@ -7,7 +7,7 @@ ggml/src/ggml-quants.c). Experts of one tensor are summed by their share of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -99,6 +99,17 @@ class Quantizer:
         found = list(self._pool.map(work, types))
         spread = max((spread for _, _, spread in found), default=0.0)
         return TypeErrors({type_name: error for type_name, error, _ in found}, spread, sample.energy)
+
+    def some_rows(self, name: str, type_name: str, n: int) -> Iterator[tuple[int, Rows, Rows]]:
+        """Of each expert (0 of a dense tensor) up to ``n`` rows over all, evenly spaced, as they are and in a type."""
+        importance, _ = self._importance(name)
+        per_expert = self.weights.n_rows(name) // len(importance)
+        each = min(per_expert, max(8, n // len(importance)))
+        offsets = ((np.arange(each) + 0.5) * per_expert / each).astype(np.int64)
+        self._ggml.ggml_quantize_init(TENSOR_TYPES[type_name].ggml_id)
+        for expert, h in enumerate(importance):
+            rows = self.weights.rows(name, expert * per_expert + offsets)
+            yield expert, rows, self._round_trip(type_name, rows, h, self._given(name))
 
     def _sample(self, name: str, importance: Rows, shares: Sequence[float], n: int) -> _Sample:
         """Rows of the tensor to look at, at most ``n``."""

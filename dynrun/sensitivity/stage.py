@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,17 @@ from dynrun.llamacpp.engine import Engine
 from dynrun.models import Reference
 from dynrun.sensitivity.adaptive import Choices, Progress, Spent, spend
 from dynrun.sensitivity.errors import Quantizer, TypeErrors
-from dynrun.sensitivity.probe_log import ProbeLog
+from dynrun.sensitivity.estimate import FIRST
+from dynrun.sensitivity.kernels import activation_block, relative_costs
+from dynrun.sensitivity.probe_log import ProbeLog, key_of
 from dynrun.sensitivity.slopes import Slope
 from dynrun.sensitivity.sweep import LocalProbes, Probes, Sweep
-from dynrun.sensitivity.units import units
+from dynrun.sensitivity.units import Unit, probe_types, units
 
 TABLE_FILE = "sensitivity.json"
 _PROBES_FILE = "probes.jsonl"
 _ERRORS_FILE = "errors.jsonl"
-_REVISION = 3
+_REVISION = 4
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,23 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class TensorSensitivity:
-    """One tensor: its slope (None where nothing could be measured), the error of each type it can have, and Σ h·w²."""
+    """One tensor: its slope (None where nothing could be measured), the error of each type it can have, Σ h·w², and the
+    KLD (nats per token) that the activations' quantization costs, by its block (kernels.py)."""
 
     slope: Slope | None
     errors: Mapping[str, float]
     energy: float = 0.0
+    kernel: Mapping[int, float] = field(default_factory=dict)
 
     def price(self, type_name: str) -> float:
         """Predicted KLD (nats per token) of storing the tensor in ``type_name``."""
         error = self.errors[type_name]
         # Without a measurement the error alone must decide; it is small against any measured KLD.
-        return self.slope.price(error) if self.slope else error
+        return (self.slope.price(error) if self.slope else error) + self.unseen(type_name)
+
+    def unseen(self, type_name: str) -> float:
+        """The part of the price that weights put in place do not show."""
+        return self.kernel.get(activation_block(type_name), 0.0)
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ def sensitivity_folder(
         "menu": list(menu),
         "revision": _REVISION,
         "llama_cpp": installation().commit,
+        "on_cpu": installation().backend == "cpu",
     }
     return stage_folder("sensitivity", inputs)
 
@@ -125,19 +134,17 @@ def measure_sensitivity(
         quantizer = Quantizer(WeightFile(reference.path), entries, config.n_threads)
         errors = _all_errors(reference, quantizer, entries, settings, menu, folder / _ERRORS_FILE, on_error)
         log = ProbeLog(folder / _PROBES_FILE)
-        with _probes(reference, imatrix, quantizer, parts, settings, config) as (probes, names):
+        candidates = {name: list(found.errors) for name, found in errors.items()}
+        with _probes(reference, imatrix, quantizer, parts, candidates, settings, config) as opened:
+            probed = units({name: candidates[name] for name in opened.names}, settings.group)
+            choices = _choices(reference.header, errors, opened.names)
             spent = spend(
-                *(
-                    units({name: list(errors[name].errors) for name in names}, settings.group),
-                    _choices(reference.header, errors, names),
-                    log,
-                    probes,
-                ),
+                *(probed, choices, log, opened.probes),
                 n_sequences=len(parts),
                 wanted=settings.error,
                 progress=on_probe,
             )
-        write_json(folder / TABLE_FILE, _table(spent, errors))
+        write_json(folder / TABLE_FILE, _table(spent, errors, _kernel_costs(opened.relative, probed, spent, log)))
         return {
             "doubt": spent.doubt,
             "n_tokens": spent.n_tokens,
@@ -154,12 +161,27 @@ def _spread_of_most(errors: Mapping[str, TypeErrors]) -> float:
     return float(np.quantile([found.spread for found in errors.values()], 0.95)) if errors else 0.0
 
 
-def _table(spent: Spent, errors: Mapping[str, TypeErrors]) -> dict[str, Any]:
+def _kernel_costs(
+    relative: Mapping[str, Mapping[int, float]], probed: Sequence[Unit], spent: Spent, log: ProbeLog
+) -> dict[str, dict[int, float]]:
+    """KLD from quantized activations: relative to that of the weight's finer probe."""
+    found = {}
+    for unit in probed:
+        types = unit.types[min(1, len(unit.types) - 1)]
+        for name, error in log.errors[key_of(unit.name, types)].items():
+            kld = spent.slopes[name].price(error)
+            found[name] = {block: kld * ratio for block, ratio in relative.get(name, {}).items()}
+    return found
+
+
+def _table(
+    spent: Spent, errors: Mapping[str, TypeErrors], kernels: Mapping[str, Mapping[int, float]]
+) -> dict[str, Any]:
     table = {}
     for name, found in errors.items():
         slope = spent.slopes.get(name)
         measured = {"points": slope.points, "spread": slope.spread} if slope else None
-        table[name] = {"slope": measured, **asdict(found)}
+        table[name] = {"slope": measured, **asdict(found), "kernel": dict(kernels.get(name, {}))}
     return table
 
 
@@ -170,7 +192,8 @@ def read_table(path: Path) -> dict[str, TensorSensitivity]:
         measured = entry["slope"]
         points = tuple((error, kld) for error, kld in measured["points"]) if measured else ()
         slope = Slope(points, measured["spread"]) if measured else None
-        table[name] = TensorSensitivity(slope, entry["errors"], entry["energy"])
+        kernel = {int(block): kld for block, kld in entry["kernel"].items()}
+        table[name] = TensorSensitivity(slope, entry["errors"], entry["energy"], kernel)
     return table
 
 
@@ -184,33 +207,42 @@ def _choices(header: Header, errors: Mapping[str, TypeErrors], names: Sequence[s
     }
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What carries out the probes, the tensors that can be probed, and kernels.relative_costs of each."""
+
+    probes: Probes
+    names: list[str]
+    relative: Mapping[str, Mapping[int, float]]
+
+
 @contextmanager
 def _probes(
     reference: Reference,
     imatrix: ImatrixStage,
     quantizer: Quantizer,
     parts: Sequence[TokenSequence],
+    candidates: Mapping[str, Sequence[str]],
     settings: ProbeSettings,
     config: Config,
-) -> Iterator[tuple[Probes, list[str]]]:
-    """What carries out the probes, and the names of the tensors that can be probed."""
+) -> Iterator[_Opened]:
     n_ctx, n_threads = settings.n_ctx, config.n_threads
     with Engine.open(reference.path, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=config.n_gpu_layers) as engine:
         # What no decode touches (MTP blocks) cannot be probed.
-        names = [
-            name
-            for name in quantizable(reference.header)
-            if name in engine.weights and not is_mtp(name, reference.header.metadata)
-        ]
+        names = [n for n in candidates if n in engine.weights and not is_mtp(n, reference.header.metadata)]
+        types = {name: own[min(1, len(own) - 1)] for name in names if (own := probe_types(candidates[name]))}
+        # Only the CPU's kernels differ in this between types.
+        on_cpu = installation().backend == "cpu"
+        relative = relative_costs(engine, quantizer, parts[:FIRST], types) if on_cpu else {}
         if not settings.devices:
-            yield LocalProbes(Sweep(engine, quantizer, parts)), names
+            yield _Opened(LocalProbes(Sweep(engine, quantizer, parts)), names, relative)
             return
     from dynrun.sensitivity.workers import ProbePool
 
     with ProbePool(
         reference.path, imatrix.path, parts, n_ctx=n_ctx, n_threads=n_threads, devices=settings.devices
     ) as pool:
-        yield pool, names
+        yield _Opened(pool, names, relative)
 
 
 def _all_errors(

@@ -44,7 +44,7 @@ def test_make_gives_a_file_of_the_presets_size_that_stands_closer_to_the_referen
     assert made["kld_ratio"] < 0.6
     assert made["kld"]["ci95"][0] < made["kld"]["mean"] < made["kld"]["ci95"][1] < made["baseline"]["kld"]["ci95"][0]
     assert [stage["name"] for stage in made["stages"]] == [
-        *("imatrix", "sensitivity", "allocation", "quantize", "stock", "evaluation")
+        *("imatrix", "sensitivity", "search", "quantize", "stock", "evaluation")
     ]
     scheme = read_scheme(Path(made["scheme"]), quantizable(read_header(demo_model)))
     header = read_header(out)
@@ -54,7 +54,7 @@ def test_make_gives_a_file_of_the_presets_size_that_stands_closer_to_the_referen
     assert "/" not in header.metadata["quantize.imatrix.file"]
     assert tools.complete(out, "The capital of France is", n_predict=8, n_threads=2).strip()
     cached = dynrun("make", demo_model, "--quant", "Q3_K_M", "--out", out, *settings, "--json").json
-    assert all(stage["cached"] for stage in cached["stages"] if stage["name"] != "allocation")
+    assert all(stage["cached"] for stage in cached["stages"])
     assert cached["kld"] == made["kld"]
 
 
@@ -138,4 +138,4 @@ def test_a_dry_run_does_nothing_and_shows_commands(tiny: Path, tmp_path: Path) -
     }
     assert stages["imatrix"]["cached"] is True
     assert stages["sensitivity"]["cached"] is False
-    assert re.search(r"[\d,]+ bytes", stages["allocation"]["detail"])
+    assert re.search(r"[\d,]+ bytes", stages["search"]["detail"])

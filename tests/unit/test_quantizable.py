@@ -71,6 +71,21 @@ def test_mtp_blocks_are_kept_at_four_bits_or_more() -> None:
     types = candidate_types(tensor("blk.46.attn_q.weight", 1024, 1024), DEFAULT_MENU, set(), metadata)
     assert types
     assert min(TENSOR_TYPES[t].bpw for t in types) >= 4.5
+    assert candidate_types(tensor("blk.46.attn_q.weight", 1024, 1024), ("Q2_K", "Q3_K"), set(), metadata) == ["Q4_0"]
+
+
+def test_a_menu_that_fits_no_row_is_replaced_by_the_next_finer_types() -> None:
+    name = "blk.0.attn_output.weight"
+    assert candidate_types(tensor(name, 576, 768), ("Q4_K", "Q6_K"), {name}, {}) == ["Q4_0", "Q8_0"]
+    # Of types that need an entry, what needs none.
+    assert candidate_types(tensor("blk.0.attn_q.weight", 768, 8), ("IQ2_XXS",), set(), {}) == ["Q2_K"]
+    assert candidate_types(tensor("blk.0.odd.weight", 33, 8), ("Q4_K",), set(), {}) == ["F16"]
+
+
+def test_a_type_that_does_not_fit_is_no_candidate_even_alone() -> None:
+    for one in DEFAULT_MENU:
+        got = candidate_types(tensor("blk.0.attn_q.weight", 576, 8), [one], set(), {})
+        assert (got == [one]) is (TENSOR_TYPES[one].fits(576) and not TENSOR_TYPES[one].needs_imatrix)
 
 
 def test_a_row_of_no_known_block_stays_f16() -> None:
