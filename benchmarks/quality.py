@@ -1,7 +1,8 @@
 """How good our schemes are at equal size: beside the stock preset, weighted MSE alone, and random allocations.
 
 usage: .venv/bin/python benchmarks/quality.py MODEL --text NAME=FILE ... --out DIR [--labels L,L] [--methods M,M]
-       [--eval-tokens 4096] [--schemes DIR] [--redo M,M] [--keep] [--tokens N] [--probe-tokens N] [--candidates N]
+       [--eval-tokens 4096] [--schemes DIR] [--redo M,M] [--keep] [--tokens N] [--probe-tokens N] [--probe-group G]
+       [--candidates N]
        .venv/bin/python benchmarks/quality.py --summarize DIR
 
 Methods: ``stock``; ``ours``, as `dynrun make` chooses (or DIR/MODEL-LABEL.scheme.toml); ``wmse`` and ``wmse-row``,
@@ -285,12 +286,14 @@ def open_bench(options: argparse.Namespace) -> Bench:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The product's defaults, but for what --tokens, --probe-tokens and --candidates say: large models take long."""
+    """The product's defaults, but for what the options of the same names say: large models take long."""
     settings = Settings(config=load_config())
     return replace(
         settings,
         imatrix=replace(settings.imatrix, n_tokens=options.tokens or settings.imatrix.n_tokens),
-        probes=replace(settings.probes, n_tokens=options.probe_tokens or settings.probes.n_tokens),
+        probes=replace(
+            settings.probes, n_tokens=options.probe_tokens or settings.probes.n_tokens, group=options.probe_group
+        ),
         search=replace(
             settings.search,
             n_candidates=settings.search.n_candidates if options.candidates is None else options.candidates,
@@ -350,6 +353,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--eval-tokens", type=int, default=4096)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--probe-tokens", type=int)
+    parser.add_argument("--probe-group", default="")
     parser.add_argument("--candidates", type=int)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--schemes", type=Path)

@@ -30,9 +30,9 @@ from dynrun.sensitivity.stage import (
     ProbeSettings,
     SensitivityStage,
     TensorSensitivity,
-    _all_errors,
-    _spread_of_most,
+    all_errors,
     read_table,
+    spread_of_most,
 )
 
 _ERRORS_FILE = "errors.jsonl"
@@ -124,9 +124,9 @@ def transferred(
     def work(folder: StageFolder) -> Mapping[str, Any]:
         entries = read_imatrix(imatrix.path)
         quantizer = Quantizer(WeightFile(reference.path), entries, config.n_threads)
-        found = _all_errors(reference, quantizer, entries, settings, menu, folder / _ERRORS_FILE, on_error)
+        found = all_errors(reference, quantizer, entries, settings, menu, folder / _ERRORS_FILE, on_error)
         write_json(folder / TABLE_FILE, {name: {"slope": None, **asdict(errors)} for name, errors in found.items()})
-        return {"error_spread": _spread_of_most(found)}
+        return {"error_spread": spread_of_most(found)}
 
     folder = errors_folder(reference, imatrix, menu, settings)
     outcome = run_stage(folder, work)

@@ -132,7 +132,7 @@ def measure_sensitivity(
     def work(folder: StageFolder) -> Mapping[str, Any]:
         entries = read_imatrix(imatrix.path)
         quantizer = Quantizer(WeightFile(reference.path), entries, config.n_threads)
-        errors = _all_errors(reference, quantizer, entries, settings, menu, folder / _ERRORS_FILE, on_error)
+        errors = all_errors(reference, quantizer, entries, settings, menu, folder / _ERRORS_FILE, on_error)
         log = ProbeLog(folder / _PROBES_FILE)
         candidates = {name: list(found.errors) for name, found in errors.items()}
         with _probes(reference, imatrix, quantizer, parts, candidates, settings, config) as opened:
@@ -149,14 +149,15 @@ def measure_sensitivity(
             "doubt": spent.doubt,
             "n_tokens": spent.n_tokens,
             **log.seconds,
-            "error_spread": _spread_of_most(errors),
+            "error_spread": spread_of_most(errors),
         }
 
     outcome = run_stage(folder, work)
     return SensitivityStage(read_table(folder / TABLE_FILE), folder / TABLE_FILE, **outcome.result, outcome=outcome)
 
 
-def _spread_of_most(errors: Mapping[str, TypeErrors]) -> float:
+def spread_of_most(errors: Mapping[str, TypeErrors]) -> float:
+    """What 95% of the tensors keep below: the relative standard error of their types' errors."""
     # In a few tensors a single weight holds nearly all of Σ h·w²: what is left of them is sampled, and hardly counts.
     return float(np.quantile([found.spread for found in errors.values()], 0.95)) if errors else 0.0
 
@@ -192,7 +193,7 @@ def read_table(path: Path) -> dict[str, TensorSensitivity]:
         measured = entry["slope"]
         points = tuple((error, kld) for error, kld in measured["points"]) if measured else ()
         slope = Slope(points, measured["spread"]) if measured else None
-        kernel = {int(block): kld for block, kld in entry["kernel"].items()}
+        kernel = {int(block): kld for block, kld in entry.get("kernel", {}).items()}
         table[name] = TensorSensitivity(slope, entry["errors"], entry["energy"], kernel)
     return table
 
@@ -245,7 +246,7 @@ def _probes(
         yield _Opened(pool, names, relative)
 
 
-def _all_errors(
+def all_errors(
     reference: Reference,
     quantizer: Quantizer,
     imatrix: Imatrix,
@@ -254,6 +255,7 @@ def _all_errors(
     path: Path,
     on_error: Callable[[int, int], None],
 ) -> dict[str, TypeErrors]:
+    """The errors of every type of the menu on every quantizable tensor; ``path`` holds those that are known already."""
     tensors = quantizable(reference.header)
     found = _read_errors(path)
     with path.open("a", encoding="utf-8") as stream:
