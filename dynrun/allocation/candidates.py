@@ -79,8 +79,13 @@ def by_groups(options: Options, factors: Mapping[str, float]) -> dict[str, list[
 
 def saturating(options: Options, ceiling: float) -> dict[str, list[Option]]:
     """KLD as c·(1 − exp(−x/c)) of an additive x: a tensor alone shows less of its x the more it has."""
-    # A probe at or above the ceiling would be infinite.
-    return repriced(options, lambda _, o: -ceiling * math.log1p(-min(o.cost, 0.95 * ceiling) / ceiling))
+    # A probe at or above the ceiling would be infinite: from 0.95 of it on the price goes on in parallel to the KLD.
+    most = 0.95 * ceiling
+
+    def price(_: str, option: Option) -> float:
+        return -ceiling * math.log1p(-min(option.cost, most) / ceiling) + max(0.0, option.cost - most)
+
+    return repriced(options, price)
 
 
 def linear(

@@ -55,6 +55,8 @@ def refit(observations: Sequence[Observation], stray: float) -> dict[str, float]
     groups = sorted({group for one in near for group in one.costs})
     costs = np.array([[one.costs.get(group, 0.0) for group in groups] for one in near])
     klds = np.array([one.kld for one in near])
+    if not costs.sum(axis=1).all():
+        return {}
     scale = float(np.median(klds / costs.sum(axis=1)))
     # In units of each scheme's KLD: the noise is relative.
     shares: Floats = scale * costs / klds[:, None]

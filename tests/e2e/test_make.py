@@ -35,6 +35,7 @@ def test_make_gives_a_file_of_the_presets_size_that_stands_closer_to_the_referen
     """The built-in model with a sixteenth of the usual probe tokens: the whole pipeline on real weights."""
     out = tmp_path / "demo.gguf"
     settings = ("--tokens", "4096", "--ctx", "256", "--probe-tokens", "64", "--eval-tokens", "2048")
+    settings += ("--candidates", "3", "--rounds", "1")
     ran = dynrun("make", demo_model, "--quant", "Q3_K_M", "--out", out, *settings, "--json")
     assert ran.exit_code == 0, ran.stderr
     made = ran.json
@@ -111,7 +112,8 @@ def test_the_stages_one_by_one_end_with_the_same_file(tiny: Path, tmp_path: Path
     assert sensitivity.exit_code == 0, sensitivity.stderr
     assert set(sensitivity.json["tensors"]) == set(quantizable(read_header(tiny)))
     lines = Path(sensitivity.json["log"]).read_text().splitlines()
-    assert len(lines) == 2 * len(sensitivity.json["tensors"])
+    probed = {line.split()[0] for line in lines if "KLD" in line}
+    assert probed == set(sensitivity.json["tensors"])
     scheme = tmp_path / "s.toml"
     allocated = dynrun("allocate", tiny, "--quant", "Q4_K_M", *SMALL, "--out", scheme, "--json")
     assert allocated.exit_code == 0, allocated.stderr
