@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dynrun import __version__
 from dynrun.errors import DoesNotFitError, DynrunError
 from dynrun.paths import cache_dir, stages_dir
 
 MANIFEST = "manifest.json"
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -75,6 +76,31 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_lines(path: Path, parse: Callable[[Any], Item]) -> list[Item]:
+    """What ``parse`` makes of each line of JSON that :func:`append_line` wrote; none where there is no file.
+
+    A line torn by a kill, or one that ``parse`` refuses (ValueError, TypeError), is dropped, from the file too.
+    """
+    found, whole = [], []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(parse(json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+        whole.append(line)
+    if path.is_file():
+        path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+    return found
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add ``value`` as a line of JSON, on disk before this returns."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(value) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

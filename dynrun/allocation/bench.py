@@ -5,12 +5,11 @@ What was measured is kept on disk under the scheme's types, so that an interrupt
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from dynrun.artifacts import key_of
+from dynrun.artifacts import append_line, key_of, read_lines
 from dynrun.calibration.sequences import TokenSequence
 from dynrun.llamacpp.engine import Engine
 from dynrun.scoring.divergence import divergence
@@ -24,28 +23,17 @@ class SearchLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.found: dict[tuple[str, ...], list[float]] = {}
-        if not path.is_file():
-            return
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                key, values = json.loads(line)
-                self.found[tuple(key)] = [float(value) for value in values]
-            except (ValueError, TypeError):
-                continue
-        path.write_text("".join(_line(key, values) for key, values in self.found.items()), encoding="utf-8")
+        self.found = dict(read_lines(path, _parsed))
 
     def add(self, key: tuple[str, ...], values: Sequence[float]) -> None:
         """Keep ``values``, on disk before this returns."""
         self.found[key] = list(values)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(_line(key, values))
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_line(self.path, [list(key), list(values)])
 
 
-def _line(key: tuple[str, ...], values: Sequence[float]) -> str:
-    return json.dumps([list(key), list(values)]) + "\n"
+def _parsed(line: Any) -> tuple[tuple[str, ...], list[float]]:
+    key, values = line
+    return tuple(key), [float(value) for value in values]
 
 
 class Bench:

@@ -5,11 +5,10 @@ A line torn by a kill is dropped and measured again.
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
+from dynrun.artifacts import append_line, read_lines
 from dynrun.sensitivity.sweep import Job, Probe
 
 Key = tuple[str, tuple[tuple[str, str], ...]]
@@ -24,27 +23,13 @@ class ProbeLog:
         self.weights: dict[int, int] = {}
         self.errors: dict[Key, dict[str, float]] = {}
         self.forward_s = self.elapsed_s = 0.0
-        if path.is_file():
-            self._read()
-
-    def _read(self) -> None:
-        whole = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                probe = Probe(**json.loads(line))
-            except (ValueError, TypeError):
-                continue
+        for probe in read_lines(path, lambda line: Probe(**line)):
             self._take(probe)
-            whole.append(line)
-        self.path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
 
     def add(self, probe: Probe) -> None:
         """Keep ``probe``, on disk before this returns."""
         self._take(probe)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(probe)) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_line(self.path, asdict(probe))
 
     def _take(self, probe: Probe) -> None:
         key = key_of(probe.name, probe.types)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dynrun.artifacts import Outcome, StageFolder, run_stage, stage_folder, write_json
+from dynrun.artifacts import Outcome, StageFolder, append_line, read_lines, run_stage, stage_folder, write_json
 from dynrun.calibration.imatrix import Imatrix, read_imatrix
 from dynrun.calibration.sequences import TokenSequence, fingerprint
 from dynrun.calibration.stage import ImatrixStage
@@ -257,15 +257,13 @@ def all_errors(
 ) -> dict[str, TypeErrors]:
     """The errors of every type of the menu on every quantizable tensor; ``path`` holds those that are known already."""
     tensors = quantizable(reference.header)
-    found = _read_errors(path)
-    with path.open("a", encoding="utf-8") as stream:
-        for done, (name, tensor) in enumerate(tensors.items(), start=1):
-            if name not in found:
-                types = candidate_types(tensor, menu, imatrix.sums, reference.header.metadata)
-                found[name] = _errors_of(quantizer, tensor, types, settings.n_rows)
-                stream.write(json.dumps([name, asdict(found[name])]) + "\n")
-                stream.flush()
-            on_error(done, len(tensors))
+    found = dict(read_lines(path, _parsed))
+    for done, (name, tensor) in enumerate(tensors.items(), start=1):
+        if name not in found:
+            types = candidate_types(tensor, menu, imatrix.sums, reference.header.metadata)
+            found[name] = _errors_of(quantizer, tensor, types, settings.n_rows)
+            append_line(path, [name, asdict(found[name])])
+        on_error(done, len(tensors))
     return {name: found[name] for name in tensors}
 
 
@@ -274,16 +272,6 @@ def _errors_of(quantizer: Quantizer, tensor: TensorInfo, types: list[str], n_row
     return quantizer.errors(tensor.name, types, max(n_rows, n_rows * 1024 // tensor.shape[0]))
 
 
-def _read_errors(path: Path) -> dict[str, TypeErrors]:
-    """Whole lines only: the last one may be torn by a kill."""
-    found: dict[str, TypeErrors] = {}
-    if not path.is_file():
-        return found
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            name, errors = json.loads(line)
-            found[name] = TypeErrors(**errors)
-        except (ValueError, TypeError):
-            continue
-    path.write_text("".join(json.dumps([n, asdict(e)]) + "\n" for n, e in found.items()), encoding="utf-8")
-    return found
+def _parsed(line: Any) -> tuple[str, TypeErrors]:
+    name, errors = line
+    return name, TypeErrors(**errors)
