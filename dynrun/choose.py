@@ -7,160 +7,47 @@ Each stage is found or made under its content address; this module only puts the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 from dynrun import __version__
-from dynrun.allocation.constraints import NO_CONSTRAINTS, Constraints
-from dynrun.allocation.search import SearchSettings
+from dynrun.allocation.rounding_choice import RoundingStage, choose_rounding
 from dynrun.allocation.search_stage import SearchStage, search
 from dynrun.allocation.stage import Budget, allocate
 from dynrun.allocation.transfer import follows, stands, transferred
 from dynrun.artifacts import Outcome
-from dynrun.calibration.experts import is_expert
-from dynrun.calibration.sequences import TokenSequence
-from dynrun.calibration.stage import ImatrixSettings, ImatrixStage, Job, import_imatrix, make_imatrix
-from dynrun.calibration.text import Pool, open_text
-from dynrun.config import Config
+from dynrun.calibration.stage import (
+    ImatrixStage,
+)
 from dynrun.errors import UsageError
-from dynrun.evaluation.texts import scored
 from dynrun.gguf.quantizable import quantizable
-from dynrun.gguf.tensor_types import DEFAULT_MENU
 from dynrun.llamacpp.build import installation
 from dynrun.models import Reference
 from dynrun.quantize import Preset, check_scheme, scheme_bytes
+from dynrun.rounding.store import Feedback
 from dynrun.scheme import Scheme, check_architecture, expanded
-from dynrun.scoring.reference import Scored
-from dynrun.sensitivity.adaptive import Progress as ProbeDone
-from dynrun.sensitivity.stage import ProbeSettings, SensitivityStage, measure_sensitivity
+from dynrun.sensitivity.feedback_errors import with_feedback
+from dynrun.sensitivity.stage import SensitivityStage
+from dynrun.stages import Reporter, Settings, Texts, sensitivity_stage
 from dynrun.target import Target, budget_for, budget_of, check_budget
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How `make` measures; the defaults are what the README's numbers were made with.
-
-    ``calibration`` is a mixture; ``chat_template`` a file in the place of the model's own; ``imatrix_files``
-    somebody's, merged, in the place of an imatrix collected here.
-    """
-
-    calibration: str = "builtin"
-    chat_template: Path | None = None
-    imatrix_files: tuple[Path, ...] = ()
-    imatrix: ImatrixSettings = field(default_factory=ImatrixSettings)
-    probes: ProbeSettings = field(default_factory=ProbeSettings)
-    search: SearchSettings = field(default_factory=SearchSettings)
-    menu: tuple[str, ...] = DEFAULT_MENU
-    constraints: Constraints = NO_CONSTRAINTS
-    eval_tokens: int = 16384
-    eval_n_ctx: int = 512
-    config: Config = field(default_factory=Config)
-
-
-class Reporter(Protocol):
-    """What a front end does with the progress of a stage: ``done`` of ``total`` units."""
-
-    def stage(self, name: str, detail: str) -> None: ...
-    def progress(self, done: float, total: float, note: str = "") -> None: ...
-
-
-@dataclass(frozen=True)
-class Texts:
-    """All the text of one run, tokenized: to calibrate on, to probe on, to select candidates by, to prove on.
-    ``name`` is the mixture's."""
-
-    name: str
-    template: str
-    pool: Pool
-    probe: tuple[TokenSequence, ...]
-    selection: tuple[TokenSequence, ...]
-    test: tuple[Scored, ...]
-
-
-def read_texts(reference: Reference, settings: Settings, reporter: Reporter) -> Texts:
-    """Open the sources; models with experts get more to draw from, as rare experts may need it."""
-    wanted = settings.imatrix
-    n_tokens = wanted.cap if any(is_expert(name) for name in reference.header.tensors) else wanted.n_tokens
-    reporter.stage("text", settings.calibration)
-    with open_text(
-        reference,
-        settings.calibration,
-        n_tokens=wanted.n_tokens,
-        config=settings.config,
-        chat_template=settings.chat_template,
-        progress=reporter.progress,
-    ) as text:
-        pool = text.calibration(n_tokens=n_tokens, n_ctx=wanted.n_ctx)
-        for note in pool.notes:
-            reporter.stage("text", note)
-        probe = text.probe(n_tokens=settings.probes.n_tokens, n_ctx=settings.probes.n_ctx)
-        chosen = settings.search
-        selection = text.probe(n_tokens=chosen.n_tokens, n_ctx=chosen.n_ctx) if chosen.n_candidates else []
-        test = scored(text.test(n_tokens=settings.eval_tokens, n_ctx=settings.eval_n_ctx))
-        return Texts(text.name, text.template.origin, pool, tuple(probe), tuple(selection), tuple(test))
-
-
-def job_for(reference: Reference, texts: Texts, settings: Settings, reporter: Reporter) -> Job:
-    """What the statistics are collected on."""
-    sequences = texts.pool.sequences
-    return Job(reference, sequences, settings.imatrix, texts.name, texts.template, settings.config, reporter.progress)
-
-
-def imatrix_stage(reference: Reference, texts: Texts, settings: Settings, reporter: Reporter) -> ImatrixStage:
-    """The imatrix for ``reference``."""
-    if files := settings.imatrix_files:
-        reporter.stage("imatrix", f"imported from {', '.join(map(str, files))}")
-        return import_imatrix(reference, files, min_expert_tokens=settings.imatrix.min_expert_tokens)
-    reporter.stage("imatrix", f"{settings.imatrix.n_tokens:,} tokens of {texts.name}")
-    return make_imatrix(job_for(reference, texts, settings, reporter))
-
-
-def sensitivity_stage(
-    reference: Reference,
-    imatrix: ImatrixStage,
-    texts: Texts,
-    settings: Settings,
-    reporter: Reporter,
-    log: Callable[[str], None],
-) -> SensitivityStage:
-    """The sensitivity table for ``reference``; a line for each probe goes to ``log``."""
-
-    def on_probe(done: ProbeDone) -> None:
-        probe = done.probe
-        types = ", ".join(sorted(set(probe.types.values())))
-        measured = f"{probe.name} {types}: error {probe.error:.6f}, KLD {probe.kld:.6f}"
-        log(f"{measured}, {probe.elapsed_s:.1f} s")
-        reporter.progress(done.done, done.total, measured)
-
-    reporter.stage("sensitivity", f"up to {settings.probes.n_tokens:,} tokens a tensor")
-    return measure_sensitivity(
-        reference,
-        imatrix,
-        texts.probe,
-        settings.probes,
-        settings.menu,
-        config=settings.config,
-        on_probe=on_probe,
-        on_error=lambda done, total: reporter.progress(done, total, "errors of all types"),
-    )
 
 
 @dataclass(frozen=True)
 class Chosen:
     """The scheme for one budget; ``preset``: the stock preset to compare with; no ``table`` where a known scheme was
-    taken as it stands."""
+    taken as it stands, no ``rounding`` without feedback."""
 
     scheme: Scheme
     budget: Budget
     preset: Preset
     table: SensitivityStage | None
     search: SearchStage
+    rounding: RoundingStage | None = None
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """The stages that it took."""
-        return (*([self.table.outcome] if self.table else []), self.search.outcome)
+        table, rounding = ([one.outcome] if one else [] for one in (self.table, self.rounding))
+        return (*table, self.search.outcome, *rounding)
 
 
 def choose_scheme(
@@ -174,22 +61,57 @@ def choose_scheme(
     *,
     scheme: Scheme | None = None,
     split_max_size: int | None = None,
+    feedback: Feedback | None = None,
 ) -> Chosen:
     """The best scheme within the target that is found by measuring; where a known ``scheme`` is given, what
-    :func:`application` says, and nothing is measured. ``split_max_size``: of the file's shards, if it is to have any.
+    :func:`application` says, and no types are measured. ``split_max_size``: of the file's shards, if it is to have any.
+    With ``feedback`` types are chosen for it, and whether it is kept is measured too.
 
     Raises what an impossible target raises before the first minute is spent. Without a ``scheme`` there must be a
     ``target``.
     """
     if scheme is not None:
         known = application(reference, imatrix, scheme, target, settings, split_max_size)
-        return _apply(reference, imatrix, known, settings, reporter)
+        applied = _apply(reference, imatrix, known, settings, reporter, feedback)
+        return _with_rounding(reference, imatrix, texts, applied, settings, reporter, feedback)
     budget, preset = budget_for(reference, imatrix, required(target), split_max_size)
     check_budget(reference, imatrix, budget, settings.menu, settings.constraints)
     table = sensitivity_stage(reference, imatrix, texts, settings, reporter, log)
-    found = _search(reference, imatrix, table, texts, budget, settings, reporter, log)
+    table = after_feedback(table, feedback, reporter)
+    found = _search(reference, imatrix, table, texts, budget, settings, reporter, log, feedback)
     slopes = {name: row.slope.points for name, row in table.tensors.items() if row.slope}
-    return Chosen(replace(found.scheme, slopes=slopes, probe_tokens=table.n_tokens), budget, preset, table, found)
+    chosen = Chosen(replace(found.scheme, slopes=slopes, probe_tokens=table.n_tokens), budget, preset, table, found)
+    return _with_rounding(reference, imatrix, texts, chosen, settings, reporter, feedback)
+
+
+def after_feedback(table: SensitivityStage, feedback: Feedback | None, reporter: Reporter) -> SensitivityStage:
+    """The table with the types' errors as feedback makes them, where it is wanted."""
+    if feedback is None:
+        return table
+    reporter.stage("feedback", "what it takes off the types' errors, on held-out activations")
+    return with_feedback(table, feedback, lambda done, total: reporter.progress(done, total, "tensors"))
+
+
+def _with_rounding(
+    reference: Reference,
+    imatrix: ImatrixStage,
+    texts: Texts,
+    chosen: Chosen,
+    settings: Settings,
+    reporter: Reporter,
+    feedback: Feedback | None,
+) -> Chosen:
+    """``chosen`` with what its scheme says of feedback."""
+    if feedback is None:
+        plain = replace(chosen.scheme, feedback="", feedback_except="")
+        return replace(chosen, scheme=plain)
+    reporter.stage("feedback", "the scheme with it, without it, and with all kinds of tensors but one")
+    found = choose_rounding(
+        *(reference, imatrix, chosen.scheme, texts.selection or texts.probe, feedback),
+        config=settings.config,
+        narrate=reporter.progress,
+    )
+    return replace(chosen, scheme=found.applied(chosen.scheme, feedback), rounding=found)
 
 
 def _search(
@@ -201,6 +123,7 @@ def _search(
     settings: Settings,
     reporter: Reporter,
     log: Callable[[str], None],
+    feedback: Feedback | None,
 ) -> SearchStage:
     reporter.stage("search", f"{budget.size_bytes:,} bytes, {settings.search.n_candidates} candidates")
 
@@ -216,6 +139,7 @@ def _search(
         settings=settings.search,
         config=settings.config,
         narrate=narrate,
+        feedback=feedback,
     )
 
 
@@ -301,7 +225,12 @@ def _headed(scheme: Scheme, reference: Reference, imatrix: ImatrixStage, size: i
 
 
 def _apply(
-    reference: Reference, imatrix: ImatrixStage, known: Application, settings: Settings, reporter: Reporter
+    reference: Reference,
+    imatrix: ImatrixStage,
+    known: Application,
+    settings: Settings,
+    reporter: Reporter,
+    feedback: Feedback | None,
 ) -> Chosen:
     if known.stands:
         reporter.stage("scheme", f"{known.scheme.label}, its types as they stand")
@@ -312,6 +241,7 @@ def _apply(
         config=settings.config,
         on_error=lambda done, total: reporter.progress(done, total, "errors of all types"),
     )
+    table = after_feedback(table, feedback, reporter)
     solved = allocate(reference, imatrix, table.tensors, known.budget, settings.constraints)
     solved = replace(solved, slopes=known.scheme.slopes, probe_tokens=known.scheme.probe_tokens)
     return Chosen(solved, known.budget, known.preset, table, _unsearched(solved))

@@ -16,27 +16,27 @@ from dynrun.allocation.transfer import errors_folder
 from dynrun.artifacts import Outcome, link_or_copy
 from dynrun.calibration.mixture import SELF_NAME, parse_mixture
 from dynrun.calibration.stage import IMATRIX_FILE, ImatrixStage
-from dynrun.choose import (
-    Chosen,
-    Reporter,
-    Settings,
-    Texts,
-    adopted,
-    application,
-    choose_scheme,
-    imatrix_stage,
-    job_for,
-    read_texts,
-    required,
-    sensitivity_stage,
-)
+from dynrun.choose import Chosen, adopted, application, choose_scheme, required
 from dynrun.evaluation.kld import Row, evaluate, is_measured
 from dynrun.llamacpp.build import installation
 from dynrun.metrics.intervals import Ratio
 from dynrun.models import Reference, made_path, open_reference
 from dynrun.quantize import Preset, Quantized, make_from_scheme, make_stock, nearest_ftype, split
+from dynrun.rounding.store import Feedback, feedback_folder
 from dynrun.scheme import Scheme, write_scheme
 from dynrun.sensitivity.stage import sensitivity_folder
+from dynrun.stages import (
+    Reporter,
+    Settings,
+    Texts,
+    covariance_stage,
+    feedback_of,
+    imatrix_stage,
+    job_for,
+    read_texts,
+    sensitivity_stage,
+    statistics,
+)
 from dynrun.target import XL_LABELS, Target, budget_for, check_budget
 
 
@@ -99,11 +99,11 @@ def make(
     reference = open_reference(model)
     known = adopted(scheme, reference) if scheme else None
     texts = read_texts(reference, settings, reporter)
-    imatrix = imatrix_stage(reference, texts, settings, reporter)
-    chosen = choose_scheme(
-        *(reference, imatrix, texts, target, settings, reporter, log), scheme=known, split_max_size=split_max_size
-    )
-    ours, stock = _both_files(reference, chosen, imatrix, settings, reporter, split_max_size)
+    collected = statistics(reference, texts, settings, reporter)
+    with feedback_of(reference, collected, settings) as feedback:
+        inputs = (reference, collected.imatrix, texts, target, settings, reporter, log)
+        chosen = choose_scheme(*inputs, scheme=known, split_max_size=split_max_size, feedback=feedback)
+        ours, stock = _both_files(reference, chosen, collected.imatrix, settings, reporter, split_max_size, feedback)
     (row, baseline_row), evaluated = _evaluate(reference, [ours.path, stock.path], texts, settings, reporter)
     file = out or made_path(reference.name, chosen.budget.label)
     files = _publish(ours.path, file, split_max_size, reporter)
@@ -113,11 +113,11 @@ def make(
         files=files,
         scheme_path=scheme_path,
         reference=reference,
-        imatrix=imatrix,
+        imatrix=collected.imatrix,
         chosen=chosen,
         row=row,
         baseline_row=baseline_row,
-        stages=(imatrix.outcome, *chosen.outcomes, ours.outcome, stock.outcome, evaluated),
+        stages=(*collected.outcomes, *chosen.outcomes, ours.outcome, stock.outcome, evaluated),
         elapsed_s=time.monotonic() - started,
     )
 
@@ -138,12 +138,17 @@ def _both_files(
     settings: Settings,
     reporter: Reporter,
     split_max_size: int | None,
+    feedback: Feedback | None,
 ) -> tuple[Quantized, Quantized]:
     """The scheme's file and the stock preset's."""
     scheme, preset, n_threads = chosen.scheme, chosen.preset, settings.config.n_threads
     reporter.stage("quantize", f"{scheme.size_bytes:,} bytes")
     ours = make_from_scheme(
-        *(reference, scheme, imatrix), n_threads=n_threads, on_tensor=reporter.progress, split_max_size=split_max_size
+        *(reference, scheme, imatrix),
+        n_threads=n_threads,
+        on_tensor=reporter.progress,
+        split_max_size=split_max_size,
+        feedback=feedback,
     )
     reporter.stage("stock preset", f"{preset.ftype}, {preset.size_bytes:,} bytes")
     stock = make_stock(reference, preset, imatrix, n_threads=n_threads, on_tensor=reporter.progress)
@@ -241,11 +246,22 @@ def _searched_choice(
     check_budget(reference, imatrix, budget, settings.menu, settings.constraints)
     size, searched = f"{budget.size_bytes:,} bytes", False
     probed = sensitivity_folder(reference, imatrix, texts.probe, settings.probes, settings.menu).complete
-    if probed:
+    rounding = _known_feedback(reference, imatrix, texts, settings)
+    if probed and rounding is not None:
         table = sensitivity_stage(reference, imatrix, texts, settings, _Silent(), lambda _: None)
         chosen = (budget, settings.constraints, settings.search)
-        searched = search_folder(reference, imatrix, table, texts.selection, *chosen).complete
+        searched = search_folder(reference, imatrix, table, texts.selection, *chosen, rounding).complete
     return _Choice(_search_stages(settings, size, probed, searched), size, budget.label, preset.ftype)
+
+
+def _known_feedback(reference: Reference, imatrix: ImatrixStage, texts: Texts, settings: Settings) -> str | None:
+    """The key of the rounding, "" where none is wanted; None where the covariance is not there yet."""
+    if settings.feedback is None:
+        return ""
+    if not job_for(reference, texts, settings, _Silent()).folder("covariance").complete:
+        return None
+    covariance = covariance_stage(reference, texts, settings, _Silent())
+    return feedback_folder(reference, imatrix, covariance, settings.feedback).key if covariance else ""
 
 
 def _applied_choice(

@@ -10,11 +10,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dynrun import __version__
+from dynrun.allocation.rounding_choice import tensors_of
 from dynrun.artifacts import (
     Outcome,
     StageFolder,
@@ -36,11 +37,16 @@ from dynrun.gguf.tensor_types import DEFAULT_MENU, TENSOR_TYPES
 from dynrun.llamacpp import tools
 from dynrun.llamacpp.build import installation
 from dynrun.models import Reference
+from dynrun.rounding.store import Feedback
+from dynrun.rounding.write import write_rounded
 from dynrun.scheme import Scheme, check_architecture, render, sha256
 
 MODEL_FILE = "model.gguf"
 _TYPES_FILE = "tensor-types.txt"
 _SCHEME_FILE = "scheme.toml"
+_ROUNDED_FILE = "rounded.gguf"
+# llama-quantize takes strings of at most 127 bytes.
+_FEEDBACK_LENGTH = 127
 # Presets that a label may name: every ftype whose own type is quantized.
 STOCK_PRESETS = tuple(name for name in FTYPES.values() if name not in ("F32", "F16", "BF16"))
 OnTensor = Callable[[int, int], None]
@@ -80,13 +86,15 @@ def _imatrix_metadata(imatrix: ImatrixStage) -> tuple[dict[str, str], tuple[str,
     return strings, ("quantize.imatrix.entries_count", "quantize.imatrix.chunks_count")
 
 
-def scheme_metadata(scheme_sha256: str, imatrix_sha256: str, label: str) -> dict[str, str]:
+def scheme_metadata(scheme_sha256: str, imatrix_sha256: str, label: str, feedback: str = "") -> dict[str, str]:
     """What dynrun writes into a file's metadata; of the same length for every scheme of one label."""
     return {
         "dynrun.version": __version__,
         "dynrun.label": label,
         "dynrun.scheme.sha256": scheme_sha256,
         "dynrun.imatrix.sha256": imatrix_sha256,
+        # Of one length with feedback and without: a budget is met before it is known whether it pays.
+        "dynrun.feedback": (feedback or "none").ljust(_FEEDBACK_LENGTH),
     }
 
 
@@ -110,7 +118,7 @@ def make_stock(
 
     def work(folder: StageFolder) -> Mapping[str, Any]:
         link_or_copy(imatrix.path, folder / IMATRIX_FILE)
-        _run(reference, folder, preset.ftype, imatrix, n_threads, on_tensor)
+        _run(reference.path, folder, preset.ftype, imatrix, n_threads, on_tensor)
         _prove(folder / MODEL_FILE, reference.header, preset.types, preset.size_bytes)
         return {"sha256": sha256_file(folder / MODEL_FILE)}
 
@@ -127,32 +135,44 @@ def make_from_scheme(
     n_threads: int,
     on_tensor: OnTensor,
     split_max_size: int | None = None,
+    feedback: Feedback | None = None,
 ) -> Quantized:
     """The file that ``scheme`` describes, or find it: one file, also where it is to be :func:`split` afterwards.
 
-    Raises UsageError where the scheme is not for this model (:func:`check_scheme`), DoesNotFitError where its file
-    cannot be split into shards of ``split_max_size`` bytes; both before anything is done.
+    With ``feedback`` where the scheme says so; without it the scheme's own is forgotten. Raises what
+    :func:`check_scheme` does, and DoesNotFitError where shards of ``split_max_size`` bytes are too small; both first.
     """
+    if feedback is None:
+        scheme = replace(scheme, feedback="", feedback_except="")
     check_scheme(reference, scheme, imatrix)
     size = scheme_bytes(reference, scheme, imatrix)
     if split_max_size is not None and size > split_max_size:
-        tensors = reference.header.tensors
-        largest = max(tensor_bytes(tensor, scheme.types.get(name, tensor.type)) for name, tensor in tensors.items())
-        _shard_data_limit(_metadata_bytes(reference, imatrix, scheme.label), largest, split_max_size)
+        _check_shards(reference, scheme, imatrix, split_max_size)
 
     def work(folder: StageFolder) -> Mapping[str, Any]:
         link_or_copy(imatrix.path, folder / IMATRIX_FILE)
         (folder / _SCHEME_FILE).write_text(render(scheme), encoding="utf-8")
         tools.write_tensor_types(scheme.types, folder / _TYPES_FILE)
-        strings = scheme_metadata(sha256(scheme), imatrix.sha256, scheme.label)
-        ftype = nearest_ftype(scheme.label)
-        _run(reference, folder, ftype, imatrix, n_threads, on_tensor, types=_TYPES_FILE, strings=strings)
+        strings = scheme_metadata(sha256(scheme), imatrix.sha256, scheme.label, scheme.feedback)
+        ftype, source = nearest_ftype(scheme.label), reference.path
+        if feedback and scheme.feedback:
+            source = folder / _ROUNDED_FILE
+            plain = tensors_of(scheme.types, scheme.feedback_except.split())
+            write_rounded(reference.header, scheme.types, plain, feedback, source, on_tensor)
+        _run(source, folder, ftype, imatrix, n_threads, on_tensor, types=_TYPES_FILE, strings=strings)
+        (folder / _ROUNDED_FILE).unlink(missing_ok=True)
         _prove(folder / MODEL_FILE, reference.header, scheme.types, size)
         return {"sha256": sha256_file(folder / MODEL_FILE)}
 
     folder = scheme_folder(reference, scheme, imatrix)
     outcome = run_stage(folder, work)
     return Quantized(folder / MODEL_FILE, size, scheme.types, outcome)
+
+
+def _check_shards(reference: Reference, scheme: Scheme, imatrix: ImatrixStage, max_bytes: int) -> None:
+    tensors = reference.header.tensors
+    largest = max(tensor_bytes(tensor, scheme.types.get(name, tensor.type)) for name, tensor in tensors.items())
+    _shard_data_limit(_metadata_bytes(reference, imatrix, scheme.label), largest, max_bytes)
 
 
 def check_scheme(reference: Reference, scheme: Scheme, imatrix: ImatrixStage | None = None) -> None:
@@ -210,7 +230,7 @@ def _common_inputs(reference: Reference, imatrix: ImatrixStage) -> dict[str, Any
 
 
 def _run(
-    reference: Reference,
+    source: Path,
     folder: StageFolder,
     ftype: str,
     imatrix: ImatrixStage,
@@ -222,7 +242,7 @@ def _run(
 ) -> None:
     partial = f"{MODEL_FILE}.part"
     tools.quantize(
-        reference.path,
+        source,
         partial,
         ftype,
         folder=folder.path,

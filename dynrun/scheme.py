@@ -43,6 +43,8 @@ _HEAD: dict[str, type] = {
     "probe_tokens": int,
     "calibration": str,
     "imatrix_sha256": str,
+    "feedback": str,
+    "feedback_except": str,
     "llama_cpp_commit": str,
     "dynrun": str,
 }
@@ -59,6 +61,8 @@ class Scheme:
     Unknown is "", 0 of a size, or None; a scheme of unknown architecture is for any. ``rules`` are lines of a file read
     without a model's names at hand: ``blk.*.KIND``, of all layers that ``types`` does not name, and ``default``.
     ``slopes``: the points (weighted error, KLD) that were measured of a tensor, for a fine-tune of the same shape.
+    ``feedback``: statistics and settings of error-feedback rounding, "" for none; ``feedback_except``: the kinds of
+    tensors that are rounded without, in alphabetical order with a space between.
     """
 
     types: Mapping[str, str]
@@ -77,6 +81,8 @@ class Scheme:
     probe_tokens: int | None = None
     rules: Mapping[str, str] = field(default_factory=dict)
     slopes: Slopes = field(default_factory=dict)
+    feedback: str = ""
+    feedback_except: str = ""
 
 
 def render(scheme: Scheme) -> str:

@@ -114,12 +114,13 @@ def curve_for(
     table: Mapping[str, Priced],
     constraints: Constraints = NO_CONSTRAINTS,
     n_points: int = 60,
+    plain: Mapping[str, Priced] | None = None,
 ) -> Curve:
-    """The predicted KLD of every size, and the stock presets beside it (allocation/curve.py)."""
+    """The predicted KLD of every size, and the stock presets, priced by ``plain``, beside it (allocation/curve.py)."""
     presets = [(preset.ftype, preset.size_bytes, preset.types) for preset in presets_of(reference, imatrix)]
     # As of a label of the usual length, which differs by a byte at most.
     fixed = fixed_bytes(reference, imatrix, "0.00bpw")
-    return trace(reference, imatrix, table, fixed, presets, constraints, n_points)
+    return trace(reference, imatrix, table, fixed, presets, constraints, n_points, plain)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ What was measured is kept on disk under the scheme's types, so that an interrupt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dynrun.artifacts import append_line, key_of, read_lines
 from dynrun.calibration.sequences import TokenSequence
 from dynrun.llamacpp.engine import Engine
+from dynrun.rounding.store import Feedback
 from dynrun.scoring.divergence import divergence
 from dynrun.scoring.reference import Codes, decode_logits, encode_logits
 from dynrun.sensitivity.errors import Quantizer
@@ -37,7 +38,8 @@ def _parsed(line: Any) -> tuple[tuple[str, ...], list[float]]:
 
 
 class Bench:
-    """Measures schemes on ``sequences``; loads the model once there is something to do."""
+    """Measures schemes on ``sequences``, rounded with ``feedback`` where it is given; loads the model once there is
+    something to do."""
 
     def __init__(
         self,
@@ -45,8 +47,9 @@ class Bench:
         quantizer: Callable[[], Quantizer],
         sequences: Sequence[TokenSequence],
         log: SearchLog,
+        feedback: Feedback | None = None,
     ) -> None:
-        self._open, self._quantizer = open_engine, quantizer
+        self._open, self._quantizer, self._feedback = open_engine, quantizer, feedback
         self.sequences, self.log = sequences, log
         self._placed: InPlace | None = None
         self._codes: list[Codes] = []
@@ -56,12 +59,12 @@ class Bench:
         """Scored tokens of each sequence."""
         return [len(sequence.tokens) for sequence in self.sequences]
 
-    def scheme(self, types: Mapping[str, str]) -> list[float]:
-        """The mean KLD of each sequence with ``types`` in place."""
-        key = ("scheme", types_key(types))
+    def scheme(self, types: Mapping[str, str], plain: Collection[str] = ()) -> list[float]:
+        """The mean KLD of each sequence with ``types`` in place, ``plain`` tensors without feedback."""
+        key = ("scheme", types_key(types), *sorted(plain))
         if key not in self.log.found:
             placed = self._loaded()
-            placed.place(types)
+            placed.place(types, plain)
             klds = []
             for sequence, codes in zip(self.sequences, self._codes, strict=True):
                 logits = placed.engine.logits(sequence.tokens)
@@ -74,7 +77,7 @@ class Bench:
             engine = self._open()
             # The original's logits first: from here on the model holds schemes.
             self._codes = [encode_logits(engine.logits(sequence.tokens)) for sequence in self.sequences]
-            self._placed = InPlace(engine, self._quantizer())
+            self._placed = InPlace(engine, self._quantizer(), self._feedback)
         return self._placed
 
     def close(self) -> None:

@@ -66,11 +66,13 @@ def trace(
     presets: Iterable[tuple[str, int, Mapping[str, str]]],
     constraints: Constraints = NO_CONSTRAINTS,
     n_points: int = 60,
+    plain: Mapping[str, Priced] | None = None,
 ) -> Curve:
     """``n_points`` sizes from the smallest file to the one that is all Q8_0 (or to what the options can use).
 
-    ``presets``: name, bytes of the file, types. Each size is solved with the solution of the one before as its
-    incumbent. Raises UsageError for a speed among the constraints: it is relative to the preset of one size.
+    ``presets``: name, bytes of the file, types; priced by ``plain``, the table without feedback, if there is one. Each
+    size is solved with the solution of the one before as its incumbent. Raises UsageError for a speed among the
+    constraints: it is relative to the preset of one size.
     """
     if constraints.speed is not None:
         raise UsageError("--min-speed is relative to the preset of one size", fix="leave it out with --curve")
@@ -82,7 +84,7 @@ def trace(
     return Curve(
         name=reference.name,
         rows=tuple(Point(size, size * 8 / n, solved[size].cost) for size in sizes),
-        presets=tuple(_stock_point(name, size, types, table, solved) for name, size, types in stock),
+        presets=tuple(_stock_point(name, size, types, plain or table, solved) for name, size, types in stock),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from dynrun.config import Config
 from dynrun.gguf.weights import WeightFile
 from dynrun.llamacpp.engine import Engine
 from dynrun.models import Reference
+from dynrun.rounding.store import Feedback
 from dynrun.scheme import Scheme
 from dynrun.sensitivity.errors import Quantizer
 from dynrun.sensitivity.stage import SensitivityStage
@@ -50,8 +52,9 @@ def search_folder(
     budget: Budget,
     constraints: Constraints,
     settings: SearchSettings,
+    feedback: str = "",
 ) -> StageFolder:
-    """Where the search's result lies, made or not."""
+    """Where the search's result lies, made or not; ``feedback``: the key of the rounding that it is made with."""
     inputs = {
         "reference": reference.sha256,
         "imatrix": imatrix.sha256,
@@ -61,6 +64,7 @@ def search_folder(
         "constraints": repr(constraints) if constraints != NO_CONSTRAINTS else "",
         "stock": dict(budget.stock_types) if constraints.min_speed else {},
         "settings": asdict(settings),
+        "feedback": feedback,
         "revision": _REVISION,
     }
     return stage_folder("search", inputs)
@@ -77,16 +81,18 @@ def search(
     settings: SearchSettings,
     config: Config,
     narrate: Narrator,
+    feedback: Feedback | None = None,
 ) -> SearchStage:
-    """The best scheme within ``budget`` that is found, or find that it was. Raises what :func:`allocate` raises."""
+    """The best scheme within ``budget`` that is found, or find that it was; candidates are rounded with ``feedback``.
+    Raises what :func:`allocate` raises."""
     first = allocate(reference, imatrix, table.tensors, budget, constraints)
     if settings.n_candidates <= 0:
         return SearchStage(first, (), None, None, Outcome("search", {}, 0.0, cached=True))
-    folder = search_folder(reference, imatrix, table, text, budget, constraints, settings)
+    key = feedback.key if feedback else ""
+    folder = search_folder(reference, imatrix, table, text, budget, constraints, settings, key)
 
     def work(folder: StageFolder) -> Mapping[str, Any]:
-        bench = _bench(reference, imatrix, text, config, folder / _LOG_FILE)
-        try:
+        with closing(open_bench(reference, imatrix, text, config, folder / _LOG_FILE, feedback)) as bench:
             found = Search(
                 options_for(reference, imatrix, table.tensors, constraints),
                 solver_for(reference, budget, constraints),
@@ -97,8 +103,6 @@ def search(
                 settings,
                 narrate,
             ).run()
-        finally:
-            bench.close()
         write_json(folder / RESULT_FILE, _result(found))
         return {}
 
@@ -132,9 +136,15 @@ def _result(found: Found) -> dict[str, Any]:
     }
 
 
-def _bench(
-    reference: Reference, imatrix: ImatrixStage, text: Sequence[TokenSequence], config: Config, log: Path
+def open_bench(
+    reference: Reference,
+    imatrix: ImatrixStage,
+    text: Sequence[TokenSequence],
+    config: Config,
+    log: Path,
+    feedback: Feedback | None,
 ) -> Bench:
+    """What measures schemes on ``text``; what was measured is in ``log``."""
     n_ctx = max(len(sequence.tokens) for sequence in text)
     engine = partial(
         Engine.open, reference.path, n_ctx=n_ctx, n_threads=config.n_threads, n_gpu_layers=config.n_gpu_layers
@@ -143,4 +153,4 @@ def _bench(
     def quantizer() -> Quantizer:
         return Quantizer(WeightFile(reference.path), read_imatrix(imatrix.path), config.n_threads)
 
-    return Bench(engine, quantizer, text, SearchLog(log))
+    return Bench(engine, quantizer, text, SearchLog(log), feedback)

@@ -25,7 +25,7 @@ from dynrun.llamacpp.graph import Activation
 
 Sums = npt.NDArray[np.float64]
 Batch = Sequence[Tokens]
-# Checkpoints lie between batches whose number is a multiple of this; so do the covariance's roundings.
+# Checkpoints lie between batches whose number is a multiple of this.
 CHECKPOINT_BATCHES = 8
 # A checkpoint is written when the last one is this old, and so old that writing takes at most a twentieth.
 _CHECKPOINT_S, _CHECKPOINT_SHARE = 30.0, 20.0
@@ -41,13 +41,13 @@ class Accumulator(Protocol):
     def take(self, activation: Activation) -> None:
         """Add one input of one batch."""
 
-    def settle(self) -> None:
-        """Called after every :data:`CHECKPOINT_BATCHES` batches and at the end."""
+    def begin(self, batch: int) -> None:
+        """Called before batch number ``batch`` is decoded."""
 
-    def state(self) -> Mapping[str, npt.NDArray[np.float64]]:
-        """All that has been summed, exactly; called only when settled."""
+    def state(self) -> Mapping[str, npt.NDArray[Any]]:
+        """All that has been summed, exactly."""
 
-    def restore(self, state: Mapping[str, npt.NDArray[np.float64]]) -> None:
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Go on from what :meth:`state` gave."""
 
 
@@ -77,8 +77,8 @@ class SquareSums:
             self.sums[name][expert] += np.einsum("ij,ij->j", rows, rows)
             self.counts[name][expert] += len(rows)
 
-    def settle(self) -> None:
-        """Nothing is ever unsettled: the sums are float64 throughout."""
+    def begin(self, batch: int) -> None:
+        """All batches are alike."""
 
     def state(self) -> dict[str, Sums]:
         return {f"sums/{n}": a for n, a in self.sums.items()} | {f"counts/{n}": a for n, a in self.counts.items()}
@@ -191,15 +191,13 @@ def run_pass(
             accumulator.take(activation)
 
     while done < len(batches) and not enough(done):
+        for accumulator in accumulators:
+            accumulator.begin(done)
         engine.watch_inputs(batches[done], take, only=wanted)
         n_tokens, done = n_tokens + sizes[done], done + 1
         if done % CHECKPOINT_BATCHES == 0:
-            for accumulator in accumulators:
-                accumulator.settle()
             checkpoint.save_if_due(done, accumulators)
         progress(n_tokens)
-    for accumulator in accumulators:
-        accumulator.settle()
     return Pass(done, n_tokens, sum(sizes[begun:done]), time.monotonic() - started)
 
 

@@ -28,6 +28,7 @@ IMATRIX_FILE = "imatrix.gguf"
 _STATE_FILE = "state.npz"
 # Counts up when the packing or the collection gives other numbers.
 _REVISION = 2
+_COVARIANCE_REVISION = 1
 # Sequences that share a batch: recurrent models keep a state for each.
 _N_SEQ_MAX = 16
 _BATCH_TOKENS = 512
@@ -82,9 +83,11 @@ class ImatrixStage:
 
 @dataclass(frozen=True)
 class CovarianceStage:
-    """The matrices, the number of passes over the text, and tokens per second of the first."""
+    """The matrices, their content address, the number of passes over the text, and tokens per second of the first."""
 
     covariance: Covariance
+    key: str
+    n_ctx: int
     n_passes: int
     tokens_per_second: float
     outcome: Outcome
@@ -104,7 +107,8 @@ class Job:
 
     def folder(self, stage: str) -> StageFolder:
         """Where the result of a stage lies, made or not."""
-        return stage_folder(stage, self._inputs)
+        own = {"covariance": _COVARIANCE_REVISION} if stage == "covariance" else {}
+        return stage_folder(stage, {**self._inputs, **own})
 
     @cached_property
     def _inputs(self) -> dict[str, Any]:
@@ -191,7 +195,9 @@ def make_covariance(job: Job) -> CovarianceStage:
     outcome = run_stage(folder, work)
     result = outcome.result
     covariance = Covariance(folder.path, result["input_of"])
-    return CovarianceStage(covariance, result["n_passes"], result["tokens_per_second"], outcome)
+    return CovarianceStage(
+        covariance, folder.key, job.settings.n_ctx, result["n_passes"], result["tokens_per_second"], outcome
+    )
 
 
 def _covariance_pass(job: Job, engine: Engine, units: Sequence[Unit], folder: StageFolder) -> float:

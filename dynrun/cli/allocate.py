@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +17,11 @@ from dynrun.errors import UsageError
 if TYPE_CHECKING:
     from dynrun.allocation.curve import Curve
     from dynrun.calibration.stage import ImatrixStage
-    from dynrun.choose import Chosen, Settings, Texts
+    from dynrun.choose import Chosen
     from dynrun.models import Reference
+    from dynrun.rounding.store import Feedback
     from dynrun.scheme import Scheme
+    from dynrun.stages import Settings, Texts
     from dynrun.target import Target
 
 SchemePath = Annotated[
@@ -55,18 +59,15 @@ def allocate(
     candidates: options.Candidates = 10,
     rounds: options.Rounds = 3,
     scheme: SchemePath = None,
+    no_feedback: options.NoFeedback = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Choose one type for each tensor: the least predicted KLD within the size and the constraints.
 
-    Example: dynrun allocate demo --bpw 4.5 --pin 'token_embd=Q6_K' --out demo.toml. For a fine-tune, nothing probed:
-    dynrun allocate tuned.gguf --scheme demo.toml
+    Example: dynrun allocate demo --bpw 4.5 --pin 'token_embd=Q6_K'. Nothing probed: dynrun allocate t.gguf --scheme F
     """
-    settings = replace(
-        settings,
-        probes=options.probes(probe_tokens, probe_error, probe_group, probe_devices),
-        search=options.search(candidates, rounds),
-    )
+    probes = options.probes(probe_tokens, probe_error, probe_group, probe_devices)
+    settings = options.choosing(settings, probes, options.search(candidates, rounds), no_feedback)
     if curve:
         _check_curve(settings, quant, bpw, size, scheme)
         _curve(model, settings, points, out, as_json)
@@ -107,8 +108,9 @@ def _scheme(
 
     reporter, reference = StageReporter(), open_reference(model)
     whole = adopted(known, reference) if known else None
-    texts, imatrix = _calibrate(reference, settings, reporter)
-    chosen = choose_scheme(reference, imatrix, texts, target, settings, reporter, reporter.log, scheme=whole)
+    with _calibrated(reference, settings, reporter) as (texts, imatrix, feedback):
+        inputs = (reference, imatrix, texts, target, settings, reporter, reporter.log)
+        chosen = choose_scheme(*inputs, scheme=whole, feedback=feedback)
     scheme = chosen.scheme
     path = out or Path(f"{reference.name}-{chosen.budget.label}.scheme.toml")
     write_scheme(scheme, path)
@@ -140,11 +142,16 @@ def _show_scheme(chosen: Chosen, path: Path) -> None:
     print(f"{path}   (dynrun scheme show {path})")
 
 
-def _calibrate(reference: Reference, settings: Settings, reporter: StageReporter) -> tuple[Texts, ImatrixStage]:
-    from dynrun.choose import imatrix_stage, read_texts
+@contextmanager
+def _calibrated(
+    reference: Reference, settings: Settings, reporter: StageReporter
+) -> Iterator[tuple[Texts, ImatrixStage, Feedback | None]]:
+    from dynrun.stages import feedback_of, read_texts, statistics
 
     texts = read_texts(reference, settings, reporter)
-    return texts, imatrix_stage(reference, texts, settings, reporter)
+    collected = statistics(reference, texts, settings, reporter)
+    with feedback_of(reference, collected, settings) as feedback:
+        yield texts, collected.imatrix, feedback
 
 
 def _check_curve(
@@ -161,16 +168,18 @@ def _check_curve(
 
 def _curve(model: str, settings: Settings, points: int, out: Path | None, as_json: bool) -> None:
     from dynrun.allocation.curve import draw
-    from dynrun.choose import sensitivity_stage
+    from dynrun.choose import after_feedback
     from dynrun.models import open_reference
+    from dynrun.stages import sensitivity_stage
     from dynrun.target import check_constraints, curve_for
 
     reporter, reference = StageReporter(), open_reference(model)
-    texts, imatrix = _calibrate(reference, settings, reporter)
-    check_constraints(reference, imatrix, settings.menu, settings.constraints)
-    table = sensitivity_stage(reference, imatrix, texts, settings, reporter, reporter.log)
+    with _calibrated(reference, settings, reporter) as (texts, imatrix, feedback):
+        check_constraints(reference, imatrix, settings.menu, settings.constraints)
+        table = sensitivity_stage(reference, imatrix, texts, settings, reporter, reporter.log)
+        priced = after_feedback(table, feedback, reporter)
     reporter.stage("curve", f"{points} sizes and the stock presets")
-    found = curve_for(reference, imatrix, table.tensors, settings.constraints, points)
+    found = curve_for(reference, imatrix, priced.tensors, settings.constraints, points, table.tensors)
     path = _drawing(out, reference.name)
     draw(found, path)
     data = {

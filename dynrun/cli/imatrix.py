@@ -14,8 +14,8 @@ from dynrun.cli.output import StageReporter, emit, say
 
 if TYPE_CHECKING:
     from dynrun.calibration.stage import CovarianceStage, ImatrixStage
-    from dynrun.choose import Settings
     from dynrun.models import Reference
+    from dynrun.stages import Settings
 
     _Collected = tuple[ImatrixStage, CovarianceStage | None]
 
@@ -66,7 +66,7 @@ def imatrix(
 def _collect(reference: Reference, settings: Settings, memory: int | None) -> _Collected:
     """The covariance is collected where it may use ``memory`` bytes."""
     from dynrun.calibration.stage import make_covariance
-    from dynrun.choose import imatrix_stage, job_for, read_texts
+    from dynrun.stages import imatrix_stage, job_for, read_texts
 
     reporter = StageReporter()
     texts = read_texts(reference, settings, reporter)

@@ -15,10 +15,11 @@ from dynrun.cli.quantize import SplitMaxSize
 
 if TYPE_CHECKING:
     from dynrun.calibration.stage import ImatrixStage
-    from dynrun.choose import Settings
+    from dynrun.choose import Chosen
     from dynrun.evaluation.kld import Row
     from dynrun.make import Made
     from dynrun.scheme import Scheme
+    from dynrun.stages import Settings
     from dynrun.target import Target
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the file (default: the cache).")]
@@ -43,9 +44,7 @@ def make(
     eval_tokens: options.EvalTokens = 16384,
     scheme: SchemePath = None,
     split_max_size: SplitMaxSize = None,
-    no_feedback: Annotated[
-        bool, typer.Option("--no-feedback", help="Round without error feedback (as all files are now).")
-    ] = False,
+    no_feedback: options.NoFeedback = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show stages, sizes and commands; do nothing.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -55,12 +54,9 @@ def make(
     probed: dynrun make tuned.gguf --scheme demo-Q3_K_M.scheme.toml
     """
     target, shard_bytes = wanted(quant, bpw, size, scheme), max_bytes(split_max_size)
-    settings = replace(
-        settings,
-        probes=options.probes(probe_tokens, probe_error, probe_group, probe_devices),
-        search=options.search(candidates, rounds),
-        eval_tokens=eval_tokens,
-    )
+    probes = options.probes(probe_tokens, probe_error, probe_group, probe_devices)
+    settings = options.choosing(settings, probes, options.search(candidates, rounds), no_feedback)
+    settings = replace(settings, eval_tokens=eval_tokens)
     known = scheme_for(model, scheme)
     if dry_run:
         _dry_run(model, target, settings, known, shard_bytes, as_json)
@@ -149,6 +145,7 @@ def to_json(made: Made) -> dict[str, Any]:
         "predicted_kld": made.scheme.predicted_kld,
         "kld": _kld(row),
         **candidates_json(made.chosen),
+        "feedback": feedback_json(made.chosen),
         "baseline": {
             "ftype": made.baseline.ftype,
             "file": str(other.file),
@@ -163,6 +160,31 @@ def to_json(made: Made) -> dict[str, Any]:
         ],
         "elapsed_s": round(made.elapsed_s, 2),
     }
+
+
+def feedback_json(chosen: Chosen) -> dict[str, Any] | None:
+    """What was measured of error feedback, on the probe split; None without."""
+    if (found := chosen.rounding) is None:
+        return None
+    return {
+        "kept": found.feedback,
+        "except": list(found.plain) if found.feedback else [],
+        "kld": found.kld,
+        "plain_kld": found.plain_kld,
+        "ratio": found.ratio,
+        "ratio_ci95": list(found.ratio_ci95),
+    }
+
+
+def feedback_line(chosen: Chosen) -> str:
+    """The same for people; "" where it was not tried."""
+    if (found := chosen.rounding) is None:
+        return ""
+    if not found.feedback:
+        return "feedback: no better than plain rounding on the selection text, and left out"
+    low, high = found.ratio_ci95
+    but = f", {' '.join(found.plain)} plain" if found.plain else ""
+    return f"feedback: {found.ratio:.3f} ({low:.3f}–{high:.3f}) of plain rounding's KLD, same types{but}"
 
 
 def _kld(row: Row) -> dict[str, Any]:
@@ -193,6 +215,8 @@ def show(made: Made) -> None:
         console.print(f"\nKLD ratio {made.ratio.value:.3f} ({low:.3f}–{high:.3f}): dynrun's over the stock preset's,")
     predicted = "" if made.scheme.predicted_kld is None else f"; predicted {made.scheme.predicted_kld:.4f}"
     console.print(f"same imatrix, {made.row.n_tokens:,} tokens of conversations not calibrated on{predicted}")
+    if line := feedback_line(made.chosen):
+        print(line)
     for path in made.files:
         print(f"file    {path}")
     print(f"scheme  {made.scheme_path}")

@@ -18,8 +18,8 @@ from dynrun.errors import UsageError
 if TYPE_CHECKING:
     from dynrun.allocation.constraints import Constraints
     from dynrun.allocation.search import SearchSettings
-    from dynrun.choose import Settings
     from dynrun.sensitivity.stage import ProbeSettings
+    from dynrun.stages import Settings
     from dynrun.target import Target
 
 Model = Annotated[
@@ -126,6 +126,11 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
+NoFeedback = Annotated[
+    bool, typer.Option("--no-feedback", help="Round plainly, as llama-quantize does, without error feedback.")
+]
+
+
 def size_bytes(text: str) -> int:
     """Bytes that ``text`` means: ``250M``, ``250 MB``, ``1.5GiB``, ``92000000B``; cut off. Raises UsageError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[KMGT]I?)B?", text.strip().upper(), re.ASCII)
@@ -153,8 +158,8 @@ def settings(
 ) -> Settings:
     """How to measure, from the options; without them the defaults."""
     from dynrun.calibration.stage import ImatrixSettings
-    from dynrun.choose import Settings
     from dynrun.config import load_config
+    from dynrun.stages import Settings
 
     return Settings(
         calibration=calibration,
@@ -240,3 +245,9 @@ def probes(n_tokens: int, error: float = 0.01, group: str = "", devices: str = "
 
     names = tuple(name.strip() for name in devices.split(",") if name.strip())
     return ProbeSettings(n_tokens=n_tokens, error=error, group=check_group(group), devices=names)
+
+
+def choosing(settings: Settings, probes: ProbeSettings, search: SearchSettings, no_feedback: bool) -> Settings:
+    """``settings`` with how types are chosen."""
+    feedback = None if no_feedback else settings.feedback
+    return replace(settings, probes=probes, search=search, feedback=feedback)

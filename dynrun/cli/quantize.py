@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,10 @@ from dynrun.cli import options
 from dynrun.cli.output import StageReporter, emit, megabytes, say
 
 if TYPE_CHECKING:
-    from dynrun.choose import Settings
+    from dynrun.models import Reference
+    from dynrun.quantize import Quantized
+    from dynrun.scheme import Scheme
+    from dynrun.stages import Settings
 
 SplitMaxSize = Annotated[
     str | None,
@@ -32,16 +36,21 @@ def quantize(
         Path | None, typer.Option("--out", "-o", help="Where to write the file (default: the cache).")
     ] = None,
     split_max_size: SplitMaxSize = None,
+    feedback: Annotated[
+        bool | None,
+        typer.Option(
+            "--feedback/--no-feedback", help="Round with error feedback, or plainly (default: as the scheme says)."
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Make the file that a scheme describes.
 
-    Example: dynrun quantize demo demo-Q3_K_M.scheme.toml
+    Example: dynrun quantize demo demo-Q3_K_M.scheme.toml --feedback
     """
-    from dynrun.choose import imatrix_stage, read_texts
     from dynrun.gguf.quantizable import quantizable
     from dynrun.models import made_path, open_reference
-    from dynrun.quantize import check_scheme, make_from_scheme
+    from dynrun.quantize import check_scheme
     from dynrun.scheme import check_architecture, read_scheme
 
     shard_bytes = options.size_bytes(split_max_size) if split_max_size else None
@@ -51,18 +60,33 @@ def quantize(
     read = read_scheme(scheme, quantizable(reference.header))
     # Before the imatrix, which takes minutes.
     check_scheme(reference, read)
-    reporter = StageReporter()
-    texts = read_texts(reference, settings, reporter)
-    imatrix = imatrix_stage(reference, texts, settings, reporter)
-    reporter.stage("quantize", str(scheme))
-    n_threads, progress = settings.config.n_threads, reporter.progress
-    made = make_from_scheme(
-        reference, read, imatrix, n_threads=n_threads, on_tensor=progress, split_max_size=shard_bytes
-    )
+    if feedback is False or (feedback is None and not read.feedback):
+        settings = replace(settings, feedback=None)
+    made = _make(reference, read, settings, shard_bytes)
     paths = _publish(made.path, out or made_path(reference.name, read.label), shard_bytes)
     size = sum(one.stat().st_size for one in paths)
     data = {"path": str(paths[0]), "paths": list(map(str, paths)), "size_bytes": size, "types": dict(made.types)}
     emit(as_json, data, lambda: print("\n".join(f"{one}  {megabytes(one.stat().st_size)}" for one in paths)))
+
+
+def _make(reference: Reference, scheme: Scheme, settings: Settings, shard_bytes: int | None) -> Quantized:
+    from dynrun.quantize import make_from_scheme
+    from dynrun.stages import feedback_of, read_texts, statistics
+
+    reporter, n_threads = StageReporter(), settings.config.n_threads
+    texts = read_texts(reference, settings, reporter)
+    collected = statistics(reference, texts, settings, reporter)
+    with feedback_of(reference, collected, settings) as feedback:
+        reporter.stage("quantize", scheme.label)
+        # What it is rounded with here; the scheme may come from elsewhere.
+        scheme = replace(scheme, feedback=feedback.text if feedback else "")
+        return make_from_scheme(
+            *(reference, scheme, collected.imatrix),
+            n_threads=n_threads,
+            on_tensor=reporter.progress,
+            split_max_size=shard_bytes,
+            feedback=feedback,
+        )
 
 
 def _publish(made: Path, path: Path, shard_bytes: int | None) -> list[Path]:

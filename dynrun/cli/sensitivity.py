@@ -9,8 +9,8 @@ from dynrun.cli import options
 from dynrun.cli.output import StageReporter, emit
 
 if TYPE_CHECKING:
-    from dynrun.choose import Settings
     from dynrun.sensitivity.stage import SensitivityStage, TensorSensitivity
+    from dynrun.stages import Settings
 
 
 @options.calibrated
@@ -27,8 +27,8 @@ def sensitivity(
 
     Example: dynrun sensitivity demo
     """
-    from dynrun.choose import imatrix_stage, read_texts, sensitivity_stage
     from dynrun.models import open_reference
+    from dynrun.stages import imatrix_stage, read_texts, sensitivity_stage
 
     reference = open_reference(model)
     settings = replace(settings, probes=options.probes(probe_tokens, probe_error, probe_group, probe_devices))

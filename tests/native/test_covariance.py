@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from dynrun.calibration.covariance import one_bytes
 from dynrun.calibration.imatrix import read_imatrix
 from dynrun.calibration.sequences import TokenSequence
 from dynrun.calibration.stage import IMATRIX_FILE, ImatrixSettings, Job, make_covariance, make_imatrix
@@ -33,47 +34,66 @@ def job(folder: Path, n: int = 30, *, n_expert: int = 0, **settings: int | float
     return Job(open_reference(str(model)), sequences(n), wanted, "noise", "none")
 
 
-def inputs(job: Job, weight: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32] | None]:
-    """All rows of one input, and which expert each went to."""
+def inputs(
+    job: Job, weight: str, *, held_out: bool | None = None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32] | None]:
+    """All rows of one input, and which expert each went to; of every eighth batch, or of the others, where it says."""
     rows, experts = [], []
     with job.engine() as engine:
         first = engine.input_of[weight]
-        for batch in job.batches:
-            engine.watch_inputs(batch, lambda a: (rows.append(a.x), experts.append(a.experts)), only=[first])
+        for i, batch in enumerate(job.batches):
+            if held_out is None or held_out is (i % 8 == 7):
+                engine.watch_inputs(batch, lambda a: (rows.append(a.x), experts.append(a.experts)), only=[first])
     return np.concatenate(rows), None if experts[0] is None else np.concatenate(experts)
 
 
-def test_it_is_the_sum_of_outer_products_and_its_diagonal_the_imatrix(tmp_path: Path) -> None:
-    what = job(tmp_path)
-    matrices, imatrix = make_covariance(what).covariance, make_imatrix(what)
+def test_it_is_the_sum_of_outer_products_of_all_batches_but_those_held_out(tmp_path: Path) -> None:
+    what = job(tmp_path, 120)
+    matrices = make_covariance(what).covariance
     for name in ("blk.0.attn_k.weight", "blk.1.ffn_down.weight", "output.weight"):
-        x = inputs(what, name)[0].astype(np.float64)
+        x = inputs(what, name, held_out=False)[0].astype(np.float64)
         assert np.allclose(matrices.matrix(name), x.T @ x, rtol=1e-4, atol=1e-4 * len(x)), name
-        sums = read_imatrix(imatrix.path).sums[name][0]
-        assert np.allclose(np.diag(matrices.matrix(name)), sums, rtol=1e-5), name
+        assert matrices.count(name) == len(x)
+        held = inputs(what, name, held_out=True)[0]
+        kept = matrices.held_out(name)
+        # Every second row: more came than are kept.
+        assert 128 <= len(kept) <= 256 < len(held)
+        assert np.array_equal(kept, held[::2]), name
+
+
+def test_its_diagonal_is_the_imatrix_where_nothing_is_held_out(tmp_path: Path) -> None:
+    what = job(tmp_path, 30)
+    matrices, imatrix = make_covariance(what).covariance, make_imatrix(what)
+    for name in ("blk.0.attn_k.weight", "output.weight"):
+        assert np.allclose(np.diag(matrices.matrix(name)), read_imatrix(imatrix.path).sums[name][0], rtol=1e-5), name
+        assert matrices.held_out(name).shape == (0, len(matrices.matrix(name)))
 
 
 def test_each_expert_has_its_own(tmp_path: Path) -> None:
-    what = job(tmp_path, n_expert=4)
+    what = job(tmp_path, 120, n_expert=4)
     matrices = make_covariance(what).covariance
     for name in ("blk.0.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight"):
-        x, experts = inputs(what, name)
+        x, experts = inputs(what, name, held_out=False)
+        held, held_experts = inputs(what, name, held_out=True)
         for expert in range(4):
             rows = x[experts == expert].astype(np.float64)
             assert np.allclose(matrices.matrix(name, expert), rows.T @ rows, rtol=1e-4, atol=1e-4 * len(rows)), name
+            assert matrices.count(name, expert) == len(rows)
+            own, kept = held[held_experts == expert], matrices.held_out(name, expert)
+            assert np.array_equal(kept, own[:: 1 if len(own) <= 256 else 2]), name
 
 
 def test_less_memory_means_more_passes_and_the_same_matrices(tmp_path: Path) -> None:
     what = job(tmp_path, n_expert=4)
     once = make_covariance(what)
-    many = make_covariance(replace(what, settings=replace(what.settings, covariance_memory=512 * 512 * 12)))
+    many = make_covariance(replace(what, settings=replace(what.settings, covariance_memory=one_bytes(512))))
     assert many.outcome.cached  # how it was computed is no part of what it is
     folder = what.folder("covariance")
     before = {name: once.covariance.matrix(name) for name in once.covariance.input_of}
     for path in folder.path.iterdir():
         path.unlink()
-    many = make_covariance(replace(what, settings=replace(what.settings, covariance_memory=512 * 512 * 12)))
-    assert (once.n_passes, many.n_passes) == (1, 13)
+    many = make_covariance(replace(what, settings=replace(what.settings, covariance_memory=one_bytes(512))))
+    assert (once.n_passes, many.n_passes) == (1, 15)
     for name, matrix in before.items():
         assert np.array_equal(many.covariance.matrix(name), matrix), name
 

@@ -11,7 +11,6 @@ import pytest
 
 from dynrun.allocation.search import SearchSettings
 from dynrun.calibration.stage import ImatrixSettings
-from dynrun.choose import Settings
 from dynrun.cli.make import show, to_json
 from dynrun.config import Config
 from dynrun.gguf.header import read_header
@@ -23,6 +22,7 @@ from dynrun.models import open_reference
 from dynrun.scheme import Scheme, read_scheme, write_scheme
 from dynrun.sensitivity.slopes import Slope
 from dynrun.sensitivity.stage import ProbeSettings
+from dynrun.stages import Settings
 from dynrun.target import Target
 from tests.commands import Ran, dynrun
 from tests.tiny import write_tiny_llama

@@ -21,11 +21,12 @@ from dynrun.calibration.splits import split
 from dynrun.calibration.stage import ImatrixSettings
 from dynrun.calibration.template import template_of
 from dynrun.calibration.text import open_text
-from dynrun.choose import Settings, choose_scheme, imatrix_stage, read_texts
+from dynrun.choose import choose_scheme
 from dynrun.config import Config
 from dynrun.llamacpp.vocabulary import Vocabulary
 from dynrun.models import open_reference
 from dynrun.sensitivity.stage import ProbeSettings
+from dynrun.stages import Settings, imatrix_stage, read_texts
 from dynrun.target import Target
 from tests.tiny import write_tiny_llama
 

@@ -1,0 +1,86 @@
+"""What feedback reads of a tensor: its rows, the statistics of its input, and the factor that both give.
+
+One covariance is in memory at a time, with the factors made of it: tensors that share an input come one after another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from dynrun.calibration.covariance import Covariance
+from dynrun.calibration.imatrix import Imatrix
+from dynrun.gguf.weights import WeightFile
+from dynrun.rounding.factor import Factor, factor
+from dynrun.rounding.settings import FeedbackSettings
+
+Rows = npt.NDArray[np.float32]
+
+
+@dataclass
+class Source:
+    """A model's weights with the imatrix and the covariance of their inputs."""
+
+    weights: WeightFile
+    imatrix: Imatrix
+    covariance: Covariance
+    settings: FeedbackSettings
+    device: str = "cpu"
+    _input: tuple[str, int] | None = None
+    _matrix: Rows | None = None
+    _factors: dict[float, Factor] = field(default_factory=dict)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a covariance for the tensor, and an imatrix entry."""
+        return name in self.covariance.input_of and name in self.imatrix.sums
+
+    def n_expert(self, name: str) -> int:
+        """Matrices in a tensor."""
+        return math.prod(self.weights.header.tensors[name].shape[2:])
+
+    def rows(self, name: str, expert: int, index: npt.NDArray[np.int64] | None = None) -> Rows:
+        """Rows of one expert's matrix, all of them or some."""
+        each = self.weights.n_rows(name) // self.n_expert(name)
+        if index is None:
+            return self.weights.rows(name, slice(expert * each, (expert + 1) * each))
+        return self.weights.rows(name, expert * each + index)
+
+    def some(self, name: str, expert: int, n: int) -> Rows:
+        """Up to ``n`` rows of one expert's matrix, evenly spaced."""
+        each = self.weights.n_rows(name) // self.n_expert(name)
+        n = min(n, each)
+        return self.rows(name, expert, ((np.arange(n) + 0.5) * each / n).astype(np.int64))
+
+    def importance(self, name: str, expert: int) -> Rows:
+        """Mean of x² [n], as llama-quantize reads it from the imatrix."""
+        mean = self.imatrix.mean(name)
+        assert mean is not None
+        return np.ascontiguousarray(mean[expert], dtype=np.float32)
+
+    def held_out(self, name: str, expert: int) -> Rows:
+        """Rows [m, n] of the input that no covariance has seen."""
+        return self.covariance.held_out(name, expert)
+
+    def most_seen(self, name: str, n: int) -> Sequence[int]:
+        """The up to ``n`` experts with the most held-out rows."""
+        seen = [len(self.held_out(name, expert)) for expert in range(self.n_expert(name))]
+        return sorted(int(e) for e in np.argsort(np.negative(seen), kind="stable")[:n] if seen[e])
+
+    def factor(self, name: str, expert: int, strength: float) -> Factor:
+        """The factor of the input's covariance, shrunk by ``strength``."""
+        key = (self.covariance.input_of[name], expert)
+        if key != self._input:
+            self._factors.clear()
+            self._input, self._matrix = key, self.covariance.matrix(name, expert)
+        assert self._matrix is not None
+        if strength not in self._factors:
+            n = len(self._matrix)
+            shrink = self.settings.shrinkage(strength, n, self.covariance.count(name, expert))
+            order = np.arange(n)
+            made = factor(self._matrix, self.settings.damping, order, shrink=shrink, device=self.device)
+            self._factors[strength] = made
+        return self._factors[strength]

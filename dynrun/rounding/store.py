@@ -1,0 +1,151 @@
+"""Tensors rounded with feedback, on disk: each (tensor, type) is rounded once, whichever schemes it is part of.
+
+Takes a reference, its imatrix and covariance; gives bytes in the final type, or None where plain rounding is better.
+What a killed run finished is found again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dynrun.artifacts import StageFolder, append_line, atomic_path, read_lines, stage_folder
+from dynrun.calibration.imatrix import read_imatrix
+from dynrun.calibration.stage import CovarianceStage, ImatrixStage
+from dynrun.gguf.tensor_types import FULL_PRECISION, TENSOR_TYPES
+from dynrun.gguf.weights import WeightFile
+from dynrun.llamacpp.build import installation
+from dynrun.llamacpp.library import ggml
+from dynrun.models import Reference
+from dynrun.rounding.choice import PLAIN, Choice, choose, strength_of
+from dynrun.rounding.feedback import Bytes, Rounder, Rows
+from dynrun.rounding.settings import FeedbackSettings
+from dynrun.rounding.source import Source
+
+_CHOICES_FILE = "choices.jsonl"
+_STRENGTHS_FILE = "strengths.jsonl"
+# Values rounded at once; fixed, as matrix products of another shape may round otherwise.
+_CHUNK_VALUES = 1 << 25
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A tensor in its final type: ``data`` [n_rows, bytes per row] and what it stands for [n_rows, ne0]."""
+
+    data: Bytes
+    values: Rows
+
+
+class Feedback:
+    """Rounds tensors of one model; open it with :func:`open_feedback`. ``text``: how, for people and to repeat it."""
+
+    def __init__(self, folder: StageFolder, source: Source, rounder: Rounder, text: str) -> None:
+        self.folder, self.source, self._rounder, self.text = folder, source, rounder, text
+        self._choices = dict(read_lines(folder / _CHOICES_FILE, _parsed))
+        self._strengths = dict(read_lines(folder / _STRENGTHS_FILE, _parsed_strength))
+
+    @property
+    def key(self) -> str:
+        """Content address of all that the bytes depend on, but the types."""
+        return self.folder.key
+
+    def applies(self, name: str, type_name: str) -> bool:
+        """Whether a tensor can have feedback in a type."""
+        return type_name not in FULL_PRECISION and self.source.has(name)
+
+    def choice(self, name: str, type_name: str) -> Choice:
+        """With what a tensor is rounded, and what that gives on held-out activations."""
+        if not self.applies(name, type_name):
+            return PLAIN
+        if (name, type_name) not in self._choices:
+            found = choose(self.source, self._rounder, name, type_name, self._strength(name))
+            self._choices[name, type_name] = found
+            append_line(self.folder / _CHOICES_FILE, [name, type_name, found.strength, found.ratio])
+        return self._choices[name, type_name]
+
+    def _strength(self, name: str) -> float:
+        """Of a tensor's input: the damping belongs to what all tensors that read it share."""
+        first = self.source.covariance.input_of[name]
+        if first not in self._strengths:
+            self._strengths[first] = strength_of(self.source, self._rounder, first)
+            append_line(self.folder / _STRENGTHS_FILE, [first, self._strengths[first]])
+        return self._strengths[first]
+
+    def tensor(self, name: str, type_name: str) -> Rounded | None:
+        """The tensor rounded with feedback; None where plain rounding is better."""
+        strength = self.choice(name, type_name).strength
+        if strength is None:
+            return None
+        path = self.folder / f"{name}.{type_name}.npy"
+        kind, n = TENSOR_TYPES[type_name], self.source.weights.header.tensors[name].shape[0]
+        if path.is_file():
+            data: Bytes = np.load(path)
+            return Rounded(data, ggml().dequantize(kind.ggml_id, data, len(data), n))
+        made = self._round(name, type_name, strength)
+        with atomic_path(path) as temporary, temporary.open("wb") as stream:
+            np.save(stream, made.data)
+        return made
+
+    def _round(self, name: str, type_name: str, strength: float) -> Rounded:
+        source = self.source
+        data, values = [], []
+        for expert in range(source.n_expert(name)):
+            rows = source.rows(name, expert)
+            step = max(1, _CHUNK_VALUES // rows.shape[1])
+            factor, importance = source.factor(name, expert, strength), source.importance(name, expert)
+            for start in range(0, len(rows), step):
+                made = self._rounder.round(rows[start : start + step], factor, type_name, importance)
+                data.append(made[0])
+                values.append(made[1])
+        return Rounded(np.concatenate(data), np.concatenate(values))
+
+
+def feedback_folder(
+    reference: Reference, imatrix: ImatrixStage, covariance: CovarianceStage, settings: FeedbackSettings
+) -> StageFolder:
+    """Where the rounded tensors lie."""
+    inputs = {
+        "reference": reference.sha256,
+        "imatrix": imatrix.sha256,
+        "covariance": covariance.key,
+        "settings": settings.key(),
+        "llama_cpp": installation().commit,
+    }
+    return stage_folder("rounding", inputs)
+
+
+@contextmanager
+def open_feedback(
+    reference: Reference,
+    imatrix: ImatrixStage,
+    covariance: CovarianceStage,
+    settings: FeedbackSettings,
+    *,
+    n_threads: int,
+) -> Iterator[Feedback]:
+    """The store of one model's rounded tensors; one process at a time has it."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = feedback_folder(reference, imatrix, covariance, settings)
+    with folder.locked():
+        for leftover in folder.path.glob(".*.part"):
+            leftover.unlink()
+        entries = read_imatrix(imatrix.path)
+        source = Source(WeightFile(reference.path), entries, covariance.covariance, settings, device)
+        text = settings.text(covariance.key, covariance.n_ctx)
+        yield Feedback(folder, source, Rounder(n_threads, device), text)
+
+
+def _parsed(line: Any) -> tuple[tuple[str, str], Choice]:
+    name, type_name, strength, ratio = line
+    return (name, type_name), Choice(None if strength is None else float(strength), float(ratio))
+
+
+def _parsed_strength(line: Any) -> tuple[str, float]:
+    name, strength = line
+    return str(name), float(strength)
