@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from dynrun.calibration.stage import ImatrixSettings
-from dynrun.choose import Settings, imatrix_stage, read_texts
 from dynrun.config import load_config
 from dynrun.evaluation.kld import Row, evaluate
 from dynrun.evaluation.texts import read_text, text_parts
@@ -28,6 +27,7 @@ from dynrun.llamacpp.vocabulary import Vocabulary
 from dynrun.models import Reference, open_reference
 from dynrun.quantize import make_from_scheme
 from dynrun.scheme import read_scheme
+from dynrun.stages import Settings, imatrix_stage, read_texts
 
 N_CTX = 512
 

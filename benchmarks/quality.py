@@ -1,15 +1,19 @@
-"""How good our schemes are at equal size: beside the stock preset, weighted MSE alone, and random allocations.
+"""How good our schemes are at equal size: beside the stock preset, weighted MSE alone, and random allocations; and what
+error feedback gives, on the same types.
 
 usage: .venv/bin/python benchmarks/quality.py MODEL --text NAME=FILE ... --out DIR [--labels L,L] [--methods M,M]
        [--eval-tokens 4096] [--schemes DIR] [--redo M,M] [--keep] [--tokens N] [--probe-tokens N] [--probe-group G]
        [--candidates N]
        .venv/bin/python benchmarks/quality.py --summarize DIR
 
-Methods: ``stock``; ``ours``, as `dynrun make` chooses (or DIR/MODEL-LABEL.scheme.toml); ``wmse`` and ``wmse-row``,
-least weighted squared error in absolute units and row by row (quality_methods.py); ``random:N``, N random allocations.
-All share one imatrix, collected with the product's default settings, and are at most as large as the stock preset's
-file and at least 99.5% of it. A text is UTF-8, cut and scored as llama-perplexity does; NAME=builtin-test is the
-shipped test conversations.
+Methods: ``stock``; ``stock+feedback``, its types rounded with feedback everywhere, as `dynrun quantize --feedback`
+does; ``ours``, as `dynrun make` chooses and rounds (or DIR/MODEL-LABEL.scheme.toml, with feedback where that says so);
+``ours/plain``, the types of ``ours`` rounded plainly; ``no-feedback``, as `dynrun make --no-feedback`; ``wmse`` and
+``wmse-row``, least weighted squared error in absolute units and row by row (quality_methods.py); ``random:N``, N random
+allocations; these three rounded plainly. All share one imatrix, collected with the product's default settings. All are
+at most as large as the stock preset's file and, but for a line on stderr, at least 99.5% of it; ``stock+feedback``
+alone is larger, by a few hundred bytes of our metadata. A covariance is collected only where a method needs it. A text
+is UTF-8, cut and scored as llama-perplexity does; NAME=builtin-test is the shipped test conversations.
 
 A row a model, label, method, seed and text goes to DIR/quality.csv as soon as it is known; killed and run again with
 the same options it goes on there, and another model may be added to the same DIR. Model files are deleted once
@@ -22,194 +26,53 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import quality_rows as rows
-from quality_methods import SquaredErrors, all_squared_errors, least_squares_types, random_types
-from quality_rows import OURS, STOCK, Cell, method_name
+from quality_bench import Bench, Method, Narrator, log
+from quality_files import MadeFile, file_of
+from quality_rows import NO_FEEDBACK, OURS, OURS_PLAIN, STOCK, STOCK_FEEDBACK, Cell, method_name
 from quality_summary import RANDOM, WMSE, WMSE_ROW, draw, markdown, summarize
 
-from dynrun import __version__
 from dynrun.allocation.stage import Budget
-from dynrun.artifacts import MANIFEST, discard, file_lock, key_of, write_json, write_text
-from dynrun.calibration.imatrix import read_imatrix
-from dynrun.calibration.stage import ImatrixStage
+from dynrun.artifacts import MANIFEST, discard, file_lock, write_json, write_text
 from dynrun.calibration.text import template_for
-from dynrun.choose import Settings, Texts, choose_scheme, imatrix_stage, read_texts
 from dynrun.config import load_config
-from dynrun.errors import DoesNotFitError, DynrunError, UsageError
+from dynrun.errors import DynrunError, UsageError
 from dynrun.evaluation.kld import evaluate
 from dynrun.evaluation.texts import conversation_parts, read_text, text_parts
-from dynrun.gguf.layout import tensor_bytes
-from dynrun.gguf.quantizable import candidate_types, quantizable
-from dynrun.gguf.weights import WeightFile
-from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.vocabulary import Vocabulary
 from dynrun.models import Reference, open_reference
-from dynrun.quantize import Preset, Quantized, make_from_scheme, make_stock, scheme_bytes
-from dynrun.scheme import Scheme, read_scheme, write_scheme
-from dynrun.scoring.reference import Scored, parts_key
+from dynrun.quantize import Preset
+from dynrun.scoring.reference import Scored
+from dynrun.stages import Settings, covariance_stage, imatrix_stage, job_for, read_texts
 from dynrun.target import Target, budget_for
 
 N_CTX = 512
 LABELS = "IQ2_XXS,IQ2_M,Q2_K,IQ3_XXS,Q3_K_M,IQ4_XS,Q4_K_M,Q5_K_M"
-METHODS = f"{STOCK},{OURS},{WMSE},{WMSE_ROW},{RANDOM}:5"
+# What is known first is most useful; the plain file takes its types from the one before.
+_ORDER = (STOCK, STOCK_FEEDBACK, OURS, OURS_PLAIN, NO_FEEDBACK, WMSE, WMSE_ROW, RANDOM)
+METHODS = f"{','.join(_ORDER)}:5"
 BUILTIN_TEST = "builtin-test"
-_FLOOR = 0.995
-# What is known first is most useful.
-_ORDER = (STOCK, OURS, WMSE, WMSE_ROW, RANDOM)
-Method = tuple[str, int | None]
-
-
-class Narrator:
-    """Stages and notes on stderr."""
-
-    def stage(self, name: str, detail: str) -> None:
-        log(f"{name}: {detail}")
-
-    def progress(self, done: float, total: float, note: str = "") -> None:
-        if done >= total:
-            log(f"  {done:,.0f} {note}")
-
-
-def log(line: str) -> None:
-    """A line on stderr."""
-    print(line, file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """All that the cells of one model share. ``parts``: what is scored, by the name of the text."""
-
-    reference: Reference
-    imatrix: ImatrixStage
-    texts: Texts
-    parts: Mapping[str, Sequence[Scored]]
-    settings: Settings
-    out: Path
-    schemes: Path | None
-    keep: bool
-
-    @cached_property
-    def sizes(self) -> dict[str, dict[str, int]]:
-        """tensor → type of the menu that it can have → bytes."""
-        header, entries = self.reference.header, read_imatrix(self.imatrix.path).sums
-        return {
-            name: {
-                one: tensor_bytes(tensor, one)
-                for one in candidate_types(tensor, self.settings.menu, entries, header.metadata)
-            }
-            for name, tensor in quantizable(header).items()
-        }
-
-    @cached_property
-    def errors(self) -> dict[str, SquaredErrors]:
-        """Weighted squared errors of every type on every tensor."""
-        inputs = [self.reference.sha256, self.imatrix.sha256, installation().commit, list(self.settings.menu)]
-        path = self.out / f"errors-{key_of({'inputs': inputs})}.jsonl"
-        log("weighted squared errors of all types")
-        weights, imatrix = WeightFile(self.reference.path), read_imatrix(self.imatrix.path)
-        types = {name: list(found) for name, found in self.sizes.items()}
-        return all_squared_errors(weights, imatrix, types, path, self.settings.config.n_threads)
-
-    def key(self, text: str) -> str:
-        """Cells with equal keys may be compared."""
-        scored = parts_key(self.parts[text])
-        inputs = [self.reference.sha256, self.imatrix.sha256, scored, installation().commit, installation().backend]
-        return key_of({"inputs": inputs})
-
-    def missing(self, label: str, method: Method) -> list[str]:
-        """The texts on which this file has not been measured."""
-        known = {(*cell.place, cell.key) for cell in rows.load(self.out)}
-        return [t for t in self.parts if (self.reference.name, label, *method, t, self.key(t)) not in known]
-
-
-def ours(bench: Bench, budget: Budget) -> Scheme:
-    """The scheme of `dynrun make` for a label, or the one of that name in --schemes."""
-    if bench.schemes is None:
-        target = Target(quant=budget.label)
-        chosen = choose_scheme(bench.reference, bench.imatrix, bench.texts, target, bench.settings, Narrator(), log)
-        return chosen.scheme
-    path = bench.schemes / f"{bench.reference.name}-{budget.label}.scheme.toml"
-    found = read_scheme(path, quantizable(bench.reference.header))
-    # The imatrix is this benchmark's, the same for all methods.
-    return replace(found, calibration=bench.imatrix.dataset, imatrix_sha256=bench.imatrix.sha256)
-
-
-def control(bench: Bench, budget: Budget, method: Method) -> Scheme:
-    """The scheme of a method that knows nothing of the divergence."""
-    name, seed = method
-    spare = budget.size_bytes - budget.fixed_bytes
-    if name == RANDOM:
-        elements = {tensor: info.n_elements for tensor, info in quantizable(bench.reference.header).items()}
-        floor = math.ceil(_FLOOR * budget.size_bytes) - budget.fixed_bytes
-        types = random_types(bench.sizes, elements, spare, floor, seed or 0)
-    else:
-        types = least_squares_types(bench.sizes, bench.errors, spare, by_row=name == WMSE_ROW)
-    used = sum(bench.sizes[tensor][one] for tensor, one in types.items())
-    return Scheme(
-        types={tensor: types[tensor] for tensor in bench.sizes},
-        label=budget.label,
-        architecture=bench.reference.header.architecture,
-        source=bench.reference.name,
-        source_sha256=bench.reference.sha256,
-        budget_bytes=budget.size_bytes,
-        size_bytes=budget.fixed_bytes + used,
-        calibration=bench.imatrix.dataset,
-        imatrix_sha256=bench.imatrix.sha256,
-        llama_cpp_commit=installation().commit,
-        dynrun=__version__,
-    )
-
-
-@dataclass(frozen=True)
-class MadeFile:
-    """A file, the KLD that is predicted for it, and the seconds it took to choose its types and make it."""
-
-    file: Quantized
-    predicted_kld: float | None
-    seconds: float
-
-
-def file_of(bench: Bench, budget: Budget, preset: Preset, method: Method) -> tuple[Quantized, float | None]:
-    """The file, of at most the stock preset's bytes, and the KLD that is predicted for it."""
-    n_threads, quiet = bench.settings.config.n_threads, lambda *_: None
-    if method[0] == STOCK:
-        return make_stock(bench.reference, preset, bench.imatrix, n_threads=n_threads, on_tensor=quiet), None
-    scheme = ours(bench, budget) if method[0] == OURS else control(bench, budget, method)
-    size = scheme_bytes(bench.reference, scheme, bench.imatrix)
-    if size > preset.size_bytes:
-        raise DoesNotFitError(f"{method[0]} would have {size:,} bytes, {preset.ftype} has {preset.size_bytes:,}")
-    if size < _FLOOR * preset.size_bytes:
-        log(f"  mind: {size:,} bytes, less than {_FLOOR:.1%} of {preset.ftype}'s {preset.size_bytes:,}")
-    beside = "" if method[0] == OURS else f"-{method_name(*method).replace(':', '')}"
-    write_scheme(scheme, bench.out / "schemes" / f"{bench.reference.name}-{budget.label}{beside}.scheme.toml")
-    made = make_from_scheme(bench.reference, scheme, bench.imatrix, n_threads=n_threads, on_tensor=quiet)
-    # What is known before the text at hand is touched: measured on the probe split where the search did so.
-    return made, scheme.predicted_kld if scheme.measured_kld is None else scheme.measured_kld
 
 
 def measure(bench: Bench, budget: Budget, preset: Preset, method: Method, texts: Sequence[str]) -> None:
     """Make one file, measure it on ``texts``, a row each, and delete it."""
-    started = time.monotonic()
-    file, predicted_kld = file_of(bench, budget, preset, method)
-    made = MadeFile(file, predicted_kld, time.monotonic() - started)
+    made = file_of(bench, budget, preset, method)
     for text in texts:
         cell = beside_stock(bench.out, measured(bench, budget, method, text, made))
         rows.append(bench.out, cell)
         beside = "" if cell.kld_ratio is None else f", {cell.kld_ratio:.3f} of stock"
         log(f"  {budget.label} {cell.name} on {text}: {cell.bytes:,} bytes, KLD {cell.kld:.5f}{beside}")
     # What was there before this run is somebody else's.
-    if not bench.keep and not file.outcome.cached:
-        discard(file.path.parent, MANIFEST)
+    if not bench.keep and not made.file.outcome.cached:
+        discard(made.file.path.parent, MANIFEST)
 
 
 def measured(bench: Bench, budget: Budget, method: Method, text: str, made: MadeFile) -> Cell:
@@ -237,6 +100,7 @@ def measured(bench: Bench, budget: Budget, method: Method, text: str, made: Made
         same_top_p=row.same_top_p,
         predicted_kld=made.predicted_kld,
         made_s=round(made.seconds, 1),
+        rounded_s=None if made.rounded_s is None else round(made.rounded_s, 1),
         seconds=round(time.monotonic() - begun, 1),
         key=bench.key(text),
         sums=row.clusters.sums,
@@ -276,13 +140,19 @@ def run(bench: Bench, labels: Sequence[str], methods: Sequence[Method]) -> list[
     return failures
 
 
-def open_bench(options: argparse.Namespace) -> Bench:
+def open_bench(options: argparse.Namespace, methods: Sequence[Method], stack: ExitStack) -> Bench:
     """Tokenize the texts, collect the imatrix."""
     reference, settings = open_reference(options.model), settings_of(options)
     parts = {name: parts_of(reference, spec, options.eval_tokens) for name, spec in options.text}
     texts = read_texts(reference, settings, Narrator())
+    # A scheme of --schemes may say that it is to be rounded plainly.
+    with_feedback = {STOCK_FEEDBACK, OURS, OURS_PLAIN} if options.schemes is None else {STOCK_FEEDBACK}
+    needed = any(name in with_feedback for name, _ in methods)
+    if needed and not job_for(reference, texts, settings, Narrator()).folder("imatrix").complete:
+        # Both from one pass. Where the imatrix is there already, the first file that needs the covariance collects it.
+        covariance_stage(reference, texts, settings, Narrator())
     imatrix = imatrix_stage(reference, texts, settings, Narrator())
-    return Bench(reference, imatrix, texts, parts, settings, options.out, options.schemes, options.keep)
+    return Bench(reference, imatrix, texts, parts, settings, options.out, options.schemes, options.keep, stack)
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -376,8 +246,8 @@ def main() -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         # Standard output is for the summary alone.
         waiting = f"waiting for another run in {options.out}"
-        with redirect_stdout(sys.stderr), file_lock(options.out / ".lock", waiting=waiting):
-            bench, labels = open_bench(options), options.labels.split(",")
+        with redirect_stdout(sys.stderr), file_lock(options.out / ".lock", waiting=waiting), ExitStack() as stack:
+            bench, labels = open_bench(options, methods, stack), options.labels.split(",")
             rows.drop(options.out, bench.reference.name, labels, options.redo.split(","))
             failures = run(bench, labels, methods)
         report(options.out)

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,12 @@ from dynrun.errors import DynrunError
 from dynrun.metrics.intervals import Clusters, Ratio, paired_ratio
 
 CSV_FILE = "quality.csv"
-STOCK, OURS = "stock", "ours"
+# Plain: as llama-quantize rounds. With feedback: dynrun/rounding.
+STOCK = "stock"
+STOCK_FEEDBACK = "stock+feedback"
+OURS = "ours"
+OURS_PLAIN = "ours/plain"
+NO_FEEDBACK = "no-feedback"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +32,10 @@ class Cell:
     """One file on one text: ``kld`` in nats per token, ``kld_ratio`` to the stock preset's with its paired 95% interval
     (None where that is not measured), ``predicted_kld`` None where the method predicts none.
 
-    ``made_s``: seconds to choose the types and make the file, the same on every text; ``seconds`` to measure on this
-    one; ``key`` hashes what cells must share to be compared; ``sums`` and ``counts`` are the KLD per sequence, for
-    ratios after the file is deleted.
+    ``made_s``: seconds to choose the types and make the file, the same on every text; ``rounded_s``: those of them in
+    which the file was made with feedback (None without), where tensors that the choice or another file has rounded
+    already are found again; ``seconds`` to measure on this text; ``key`` hashes what cells must share to be compared;
+    ``sums`` and ``counts`` are the KLD per sequence, for ratios after the file is deleted.
     """
 
     model: str
@@ -49,6 +55,7 @@ class Cell:
     same_top_p: float
     predicted_kld: float | None
     made_s: float
+    rounded_s: float | None = None
     seconds: float
     key: str
     sums: tuple[float, ...]
@@ -79,6 +86,9 @@ class Cell:
 _COLUMNS = tuple(field.name for field in fields(Cell))
 _INTEGERS = frozenset({"seed", "bytes", "budget_bytes"})
 _TEXTS = frozenset({"model", "label", "method", "text", "key"})
+# Older files are without.
+_NEW = frozenset({"rounded_s"})
+_HEADER = ",".join(_COLUMNS) + "\n"
 
 
 def method_name(method: str, seed: int | None) -> str:
@@ -90,9 +100,10 @@ def append(folder: Path, cell: Cell) -> None:
     """Add a row; it is on the disk when this returns."""
     path = folder / CSV_FILE
     folder.mkdir(parents=True, exist_ok=True)
-    text = _line(cell) if path.is_file() and path.stat().st_size else ",".join(_COLUMNS) + "\n" + _line(cell)
+    if not _has_header(path):
+        _write(folder, load(folder))
     with path.open("a", encoding="utf-8", newline="") as stream:
-        stream.write(text)
+        stream.write(_line(cell))
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -119,7 +130,18 @@ def drop(folder: Path, model: str, labels: Collection[str], methods: Collection[
     cells = load(folder)
     kept = [c for c in cells if c.model != model or c.label not in labels or c.method not in methods]
     if len(kept) < len(cells):
-        write_text(folder / CSV_FILE, ",".join(_COLUMNS) + "\n" + "".join(map(_line, kept)))
+        _write(folder, kept)
+
+
+def _has_header(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", newline="") as stream:
+        return stream.readline() == _HEADER
+
+
+def _write(folder: Path, cells: Iterable[Cell]) -> None:
+    write_text(folder / CSV_FILE, _HEADER + "".join(map(_line, cells)))
 
 
 def _line(cell: Cell) -> str:
@@ -134,7 +156,7 @@ def _line(cell: Cell) -> str:
 def _cell(row: dict[str, str]) -> Cell:
     values: dict[str, Any] = {}
     for name in _COLUMNS:
-        text = row[name]
+        text = row.get(name, "") if name in _NEW else row[name]
         if name in ("sums", "counts"):
             values[name] = tuple(json.loads(text))
         elif name in _TEXTS:

@@ -12,35 +12,33 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-from quality_rows import OURS, STOCK, Cell
+from quality_ratios import Cells, by_method, geometric_mean, interval, paired, ratios, rounding, worst_of
+from quality_rows import NO_FEEDBACK, OURS, OURS_PLAIN, STOCK, STOCK_FEEDBACK, Cell
 
 from dynrun.artifacts import atomic_path
-from dynrun.metrics.intervals import N_RESAMPLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WMSE, WMSE_ROW, RANDOM = "wmse", "wmse-row", "random"
 _FLOOR = 0.995
-_SEED = 20261124
 # What issue 4 asks: geometric mean to stock, worst cell, share under weighted MSE. Anything else is the 1.5B model's.
 _WANTED = {"demo": (0.38, 0.85, 0.30), "demo-moe": (0.50, 0.85, 0.15)}
 _WANTED_ELSE = (0.75, 1.0, 0.15)
 _LEAST_BPW, _FACTOR, _RANK = 3.0, 1.5, 0.95
-_COLORS = {STOCK: "#7f7f7f", OURS: "#1f77b4", WMSE: "#ff7f0e", WMSE_ROW: "#d62728", RANDOM: "#2ca02c"}
-
-Place = tuple[str, str]
-"""(label, text)."""
-
-
-def geometric_mean(values: Iterable[float]) -> float | None:
-    """exp of the mean logarithm; None of nothing, 0 where one is 0."""
-    found = list(values)
-    if not found:
-        return None
-    return 0.0 if min(found) <= 0 else math.exp(math.fsum(map(math.log, found)) / len(found))
+_COLORS = {
+    # The same types have the same color.
+    STOCK: "#7f7f7f",
+    STOCK_FEEDBACK: "#7f7f7f",
+    OURS: "#1f77b4",
+    OURS_PLAIN: "#1f77b4",
+    NO_FEEDBACK: "#9467bd",
+    WMSE: "#ff7f0e",
+    WMSE_ROW: "#d62728",
+    RANDOM: "#2ca02c",
+}
+# Seeds of random stand beside each other: no line joins them.
+_STYLES = {RANDOM: "x", STOCK_FEEDBACK: "s--", OURS_PLAIN: "s--"}
 
 
 def summarize(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -48,74 +46,54 @@ def summarize(cells: Sequence[Cell]) -> dict[str, Any]:
     by_model: defaultdict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         by_model[cell.model].append(cell)
+    mine = [cell for found in by_model.values() for cell in found if cell.method == compared(found)]
     return {
         "models": {model: _summary(model, found) for model, found in by_model.items()},
-        "prediction": prediction([cell for cell in cells if cell.method == OURS]),
+        "prediction": prediction(mine),
     }
 
 
+def compared(cells: Iterable[Cell]) -> str:
+    """The method that the others are compared with: ours, and where that was not measured, ours without feedback."""
+    known = {cell.method for cell in cells}
+    return NO_FEEDBACK if NO_FEEDBACK in known and OURS not in known else OURS
+
+
 def _summary(model: str, cells: Sequence[Cell]) -> dict[str, Any]:
-    methods = _by_method(cells)
-    to_stock = {name: ratios(found, methods.get(STOCK, {})) for name, found in methods.items() if name != STOCK}
-    under = {f"{OURS}/{name}": ratios(methods.get(OURS, {}), f) for name, f in methods.items() if name not in _ABOVE}
-    means = {f"{name}/{STOCK}": geometric_mean(found.values()) for name, found in to_stock.items()}
-    means |= {name: geometric_mean(found.values()) for name, found in under.items()}
-    randoms = {name: found for name, found in under.items() if name.startswith(f"{OURS}/{RANDOM}:")}
+    methods, name = by_method(cells), compared(cells)
+    mine, stock = methods.get(name, {}), methods.get(STOCK, {})
+    to_stock = {other: ratios(found, stock) for other, found in methods.items() if other != STOCK}
+    # Of its own types in another rounding: under "rounding".
+    others = {other: found for other, found in methods.items() if other not in (STOCK, name, OURS_PLAIN)}
+    under = {f"{name}/{other}": ratios(mine, found) for other, found in others.items()}
+    means = {f"{other}/{STOCK}": geometric_mean(found.values()) for other, found in to_stock.items()}
+    means |= {pair: geometric_mean(found.values()) for pair, found in under.items()}
+    intervals = {f"{name}/{other}": interval(mine, found) for other, found in others.items()}
+    if STOCK in methods:
+        intervals[f"{name}/{STOCK}"] = interval(mine, stock)
     summary: dict[str, Any] = {
         "labels": _labels(cells),
         "texts": _texts(cells),
-        "n_cells": {name: len(found) for name, found in to_stock.items()},
+        "compared": name,
+        "n_cells": {other: len(found) for other, found in to_stock.items()},
         "geometric_mean": means,
-        "geometric_mean_ci95": {
-            f"{OURS}/{name}": interval(methods.get(OURS, {}), found) for name, found in methods.items() if name != OURS
-        },
-        "worst_cell": _worst(methods, to_stock.get(OURS, {})),
-        "ours_under_every_random": {
-            "geometric_mean": _all(mean < 1 for name in randoms if (mean := means[name]) is not None),
-            "every_cell": _all(ratio < 1 for found in randoms.values() for ratio in found.values()),
-        },
-        "prediction": prediction(list(methods.get(OURS, {}).values())),
+        "geometric_mean_ci95": intervals,
+        "worst_cell": worst_of(paired(mine, stock)),
+        "under_every_random": _randoms(mine, methods),
+        "rounding": rounding(methods),
+        "prediction": prediction(list(mine.values())),
         "sizes": _sizes(cells),
     }
     return {**summary, "wanted": _wanted(model, summary)}
 
 
-_ABOVE = frozenset({STOCK, OURS})
-
-
-def _by_method(cells: Iterable[Cell]) -> dict[str, dict[Place, Cell]]:
-    methods: defaultdict[str, dict[Place, Cell]] = defaultdict(dict)
-    for cell in cells:
-        methods[cell.name][cell.label, cell.text] = cell
-    return dict(methods)
-
-
-def ratios(numerator: Mapping[Place, Cell], denominator: Mapping[Place, Cell]) -> dict[Place, float]:
-    """Ratios of mean KLD in the cells that both have."""
-    found = {}
-    for place, cell in numerator.items():
-        if place in denominator and (ratio := cell.ratio_to(denominator[place])):
-            found[place] = ratio.value
-    return found
-
-
-def interval(numerator: Mapping[Place, Cell], denominator: Mapping[Place, Cell]) -> list[float] | None:
-    """95% interval of the geometric mean of :func:`ratios`: sequences of each text are drawn with replacement, the same
-    for both sides and for all labels (paired, as in dynrun/metrics/intervals.py). None of nothing."""
-    found = ratios(numerator, denominator)
-    if not found:
-        return None
-    rng, logs = np.random.default_rng(_SEED), np.zeros(N_RESAMPLES)
-    drawn: dict[tuple[str, int], npt.NDArray[np.float64]] = {}
-    for place in found:
-        above, below = numerator[place].clusters, denominator[place].clusters
-        n = len(above.counts)
-        text = place[1], n
-        if text not in drawn:
-            drawn[text] = rng.multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES).astype(np.float64)
-        logs += np.log(drawn[text] @ np.array(above.sums)) - np.log(drawn[text] @ np.array(below.sums))
-    low, high = np.quantile(np.exp(logs / len(found)), (0.025, 0.975))
-    return [float(low), float(high)]
+def _randoms(mine: Cells, methods: Mapping[str, Cells]) -> dict[str, bool | None]:
+    found = [ratios(mine, cells) for name, cells in methods.items() if name.startswith(f"{RANDOM}:")]
+    means = (geometric_mean(one.values()) for one in found)
+    return {
+        "geometric_mean": _all(mean < 1 for mean in means if mean is not None),
+        "every_cell": _all(ratio < 1 for one in found for ratio in one.values()),
+    }
 
 
 def prediction(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -144,18 +122,10 @@ def _factor(cell: Cell) -> float:
     return math.exp(abs(math.log(cell.kld / (cell.predicted_kld or math.nan))))
 
 
-def _worst(methods: Mapping[str, Mapping[Place, Cell]], found: Mapping[Place, float]) -> dict[str, Any] | None:
-    if not found:
-        return None
-    place = max(found, key=lambda one: found[one])
-    ratio = methods[OURS][place].ratio_to(methods[STOCK][place])
-    assert ratio is not None
-    return {"label": place[0], "text": place[1], "ratio": ratio.value, "ci95": list(ratio.ci95)}
-
-
 def _sizes(cells: Iterable[Cell]) -> dict[str, list[str]]:
-    """Files over the budget, or under 99.5% of it: comparisons with those prove nothing."""
-    over = {f"{c.label} {c.name}" for c in cells if c.bytes > c.budget_bytes}
+    """Files over the budget, or under 99.5% of it: comparisons with those prove nothing. Stock types with our metadata
+    are over it by nature."""
+    over = {f"{c.label} {c.name}" for c in cells if c.bytes > c.budget_bytes and c.method != STOCK_FEEDBACK}
     under = {f"{c.label} {c.name}" for c in cells if c.bytes < _FLOOR * c.budget_bytes}
     return {"over": sorted(over), "under": sorted(under)}
 
@@ -164,13 +134,13 @@ def _wanted(model: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     """What the issue asks of this model, what was measured, and whether that meets it (None: not measured)."""
     to_stock, worst, share = _WANTED.get(model, _WANTED_ELSE)
     means, predicted = summary["geometric_mean"], summary["prediction"]
-    cell = summary["worst_cell"]
+    cell, name = summary["worst_cell"], summary["compared"]
     return {
-        "ours/stock": _at_most(means.get(f"{OURS}/{STOCK}"), to_stock),
+        f"{name}/{STOCK}": _at_most(means.get(f"{name}/{STOCK}"), to_stock),
         "worst cell": _at_most(cell["ratio"] if cell else None, worst),
-        f"ours/{WMSE}": _at_most(means.get(f"{OURS}/{WMSE}"), 1 - share),
-        f"ours/{WMSE_ROW}": _at_most(means.get(f"{OURS}/{WMSE_ROW}"), 1 - share),
-        "under every random": {"met": summary["ours_under_every_random"]["geometric_mean"]},
+        f"{name}/{WMSE}": _at_most(means.get(f"{name}/{WMSE}"), 1 - share),
+        f"{name}/{WMSE_ROW}": _at_most(means.get(f"{name}/{WMSE_ROW}"), 1 - share),
+        "under every random": {"met": summary["under_every_random"]["geometric_mean"]},
         "spearman": {
             "measured": predicted["spearman"],
             "least": _RANK,
@@ -209,32 +179,39 @@ def markdown(cells: Sequence[Cell], summary: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+# Beside stock in the table of cells, where measured.
+_OTHERS = (STOCK_FEEDBACK, NO_FEEDBACK, WMSE, WMSE_ROW)
+
+
 def _table(cells: Sequence[Cell]) -> list[str]:
-    methods = _by_method(cells)
-    others = [name for name in (WMSE, WMSE_ROW) if name in methods]
-    heads = ["label", "text", "bytes, stock", "bytes, ours", "KLD, stock", "KLD, ours", "predicted", "ours/stock"]
-    heads += [f"{name}/stock" for name in others] + ["random/stock"]
+    methods, name = by_method(cells), compared(cells)
+    others = [other for other in _OTHERS if other in methods and other != name]
+    heads = ["label", "text", "bytes, stock", f"bytes, {name}", "KLD, stock", f"KLD, {name}", "predicted"]
+    heads += [f"{name}/stock", *(f"{other}/stock" for other in others), "random/stock"]
+    pair = OURS in methods and OURS_PLAIN in methods
+    heads += [f"{OURS} over {OURS_PLAIN}"] if pair else []
     rows = [heads, ["---"] * len(heads)]
     for label in _labels(cells):
         for text in _texts(cells):
-            at = {name: found[label, text] for name, found in methods.items() if (label, text) in found}
+            at = {one: found[label, text] for one, found in methods.items() if (label, text) in found}
             if at:
-                rows.append([label, text, *_columns(at, others)])
+                last = [_with_interval(at.get(OURS), at.get(OURS_PLAIN))] if pair else []
+                rows.append([label, text, *_columns(at, name, others), *last])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def _columns(at: Mapping[str, Cell], others: Sequence[str]) -> list[str]:
-    stock, ours = at.get(STOCK), at.get(OURS)
+def _columns(at: Mapping[str, Cell], name: str, others: Sequence[str]) -> list[str]:
+    stock, mine = at.get(STOCK), at.get(name)
     randoms = [cell.ratio_to(stock) for cell in at.values() if stock and cell.method == RANDOM]
     values = [ratio.value for ratio in randoms if ratio]
     return [
         f"{stock.bytes:,}" if stock else "",
-        f"{ours.bytes:,}" if ours else "",
+        f"{mine.bytes:,}" if mine else "",
         f"{stock.kld:.4f}" if stock else "",
-        f"{ours.kld:.4f}" if ours else "",
-        f"{ours.predicted_kld:.4f}" if ours and ours.predicted_kld is not None else "",
-        _with_interval(ours, stock),
-        *(_with_interval(at.get(name), stock) for name in others),
+        f"{mine.kld:.4f}" if mine else "",
+        f"{mine.predicted_kld:.4f}" if mine and mine.predicted_kld is not None else "",
+        _with_interval(mine, stock),
+        *(_with_interval(at.get(other), stock) for other in others),
         f"{min(values):.2f}–{max(values):.2f}" if values else "",
     ]
 
@@ -257,12 +234,24 @@ def _lines(summary: Mapping[str, Any]) -> list[str]:
     if worst := summary["worst_cell"]:
         low, high = worst["ci95"]
         lines.append(f"Worst cell: {worst['label']} on {worst['text']}, {worst['ratio']:.3f} ({low:.3f}–{high:.3f}).")
+    lines += [_rounding_line(name, one) for name, one in summary["rounding"].items()]
     predicted = summary["prediction"]
     if predicted["spearman"] is not None:
-        lines.append(f"Predicted against measured KLD of ours: rank correlation {predicted['spearman']:.3f}.")
+        lines.append(
+            f"Predicted against measured KLD of {summary['compared']}: rank correlation {predicted['spearman']:.3f}."
+        )
     if predicted["worst_factor"] is not None:
         lines.append(f"At 3 bpw and above they differ by a factor of {predicted['worst_factor']:.2f} at most.")
     return lines
+
+
+def _rounding_line(name: str, found: Mapping[str, Any]) -> str:
+    mean, (low, high), worst = found["geometric_mean"], found["ci95"], found["worst_cell"]
+    where = f"{worst['label']} on {worst['text']} {worst['ratio']:.3f} ({worst['ci95'][0]:.3f}–{worst['ci95'][1]:.3f})"
+    above = f"{found['n_above']} wholly above 1" + (f" ({', '.join(found['above'])})" if found["above"] else "")
+    by_label = ", ".join(f"{label} {one:.3f}" for label, one in found["labels"].items())
+    cells = f"{found['n_cells']} cells, {above}"
+    return f"{name}: {mean:.3f} ({low:.3f}–{high:.3f}) over {cells}; worst {where}; by label {by_label}."
 
 
 def draw(cells: Sequence[Cell], path: Path) -> None:
@@ -289,8 +278,7 @@ def _panel(axes: Axes, cells: Sequence[Cell]) -> None:
         methods[cell.method].append(cell)
     for method in sorted(methods, key=lambda one: (one == OURS, one)):
         found = sorted(methods[method], key=lambda cell: cell.bpw)
-        # Seeds of random stand beside each other: no line joins them.
-        style = "x" if method == RANDOM else "o-"
+        style = _STYLES.get(method, "o-")
         points = [cell.bpw for cell in found], [cell.kld for cell in found]
         axes.plot(*points, style, label=method, color=_COLORS.get(method), markersize=5, linewidth=1.3)
     axes.set_yscale("log")

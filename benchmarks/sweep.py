@@ -19,13 +19,13 @@ from pathlib import Path
 from dynrun.calibration.dataset import builtin
 from dynrun.calibration.imatrix import read_imatrix
 from dynrun.calibration.splits import split
-from dynrun.choose import Settings, imatrix_stage, read_texts, sensitivity_stage
 from dynrun.config import load_config
 from dynrun.gguf.quantizable import candidate_types, quantizable
 from dynrun.gguf.tensor_types import DEFAULT_MENU
 from dynrun.llamacpp import tools
 from dynrun.models import Reference, open_reference
 from dynrun.sensitivity.units import probe_types
+from dynrun.stages import Settings, imatrix_stage, read_texts, sensitivity_stage
 
 N_CTX = 512
 # llama-perplexity scores the second half of each chunk: eight chunks are 2,040 tokens, of which it scores 1,020.

@@ -139,10 +139,10 @@ def test_where_inputs_have_nothing_in_common_it_is_no_worse_than_plain_rounding(
     it = Layer(layer(n).rows, 2000 * h, layer(n).held_out)
     _, values = it.rounded(type_name)
     # Some of ggml's searches for a scale look at all of a row: here they see a slab.
-    slack = 1.02 if TENSOR_TYPES[type_name].block_size < 256 else 1 + 1e-5
+    slack = 1.01 if TENSOR_TYPES[type_name].block_size < 256 else 1 + 1e-5
     weighted = [np.square(it.rows - q) @ np.diag(h) for q in (values, it.plain(type_name))]
     assert weighted[0].sum() <= slack * weighted[1].sum()
-    if slack < 1.01:
+    if TENSOR_TYPES[type_name].block_size == 256:
         assert (weighted[0] <= weighted[1] * (1 + 1e-2)).all()
 
 

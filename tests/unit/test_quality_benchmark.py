@@ -182,6 +182,20 @@ def test_redone_methods_are_forgotten_for_their_model_and_labels_only(tmp_path: 
     assert rows.load(tmp_path) == kept
 
 
+def test_rows_from_before_a_column_was_added_are_read_and_added_to(tmp_path: Path) -> None:
+    old, new = _cell("no-feedback", 0.1), _cell("ours", 0.1 / 3, rounded_s=7.5)
+    rows.append(tmp_path, old)
+    path = tmp_path / rows.CSV_FILE
+    head, row = path.read_text().splitlines()
+    at = head.split(",").index("rounded_s")
+    values = row.split(",")
+    assert values.pop(at) == ""
+    path.write_text(f"{head.replace('rounded_s,', '')}\n{','.join(values)}\n")
+    assert rows.load(tmp_path) == [old]
+    rows.append(tmp_path, new)
+    assert rows.load(tmp_path) == [old, new]
+
+
 def test_another_csv_is_refused(tmp_path: Path) -> None:
     (tmp_path / rows.CSV_FILE).write_text("a,b\n1,2\n")
     with pytest.raises(DynrunError, match="no CSV of this benchmark"):
@@ -226,7 +240,7 @@ def test_the_summary_answers_what_the_issue_asks() -> None:
     found = summary.summarize(_table())["models"]["demo"]
     assert found["worst_cell"]["ratio"] == pytest.approx(0.5)
     assert found["worst_cell"]["text"] == "code"
-    assert found["ours_under_every_random"] == {"geometric_mean": True, "every_cell": True}
+    assert found["under_every_random"] == {"geometric_mean": True, "every_cell": True}
     assert found["prediction"]["spearman"] == pytest.approx(0.894, abs=1e-3)
     # From 3 bpw on only Q4_K_M counts: 0.04 predicted, 0.025 and 0.05 measured.
     assert found["prediction"]["worst_factor"] == pytest.approx(1.6)
@@ -241,6 +255,74 @@ def test_the_summary_answers_what_the_issue_asks() -> None:
         "factor": False,
         "sizes": True,
     }
+
+
+def _in_both_roundings() -> list[Any]:
+    """Two families of types, two texts; feedback takes a half off the k-quant and makes one cell of the other worse."""
+    cells = []
+    for label, text, stock, shares in (
+        ("Q2_K", "wikitext", 1.6, (0.25, 0.5)),
+        ("Q2_K", "code", 1.2, (1.0, 0.5)),
+        ("IQ3_XXS", "wikitext", 0.8, (0.9, 0.8)),
+        ("IQ3_XXS", "code", 0.6, (1.1, 0.8)),
+    ):
+        at = {"label": label, "text": text}
+        cells += [
+            _cell("stock", stock, **at),
+            _cell("stock+feedback", shares[0] * stock, bytes=1300, **at),
+            _cell("no-feedback", 0.6 * stock, predicted_kld=0.6 * stock, **at),
+            _cell("ours", shares[1] * 0.5 * stock, predicted_kld=0.3 * stock, **at),
+            _cell("ours/plain", 0.5 * stock, **at),
+        ]
+    return cells
+
+
+def test_feedback_is_compared_on_the_same_types_and_by_the_kind_of_types() -> None:
+    found = summary.summarize(_in_both_roundings())["models"]["demo"]["rounding"]
+    means = {name: one["geometric_mean"] for name, one in found.items()}
+    assert means == {
+        "stock+feedback over stock, k-quants": pytest.approx(0.5),
+        "stock+feedback over stock, IQ": pytest.approx(math.sqrt(0.99)),
+        "ours over ours/plain": pytest.approx(math.sqrt(0.4)),
+        "no-feedback over stock": pytest.approx(0.6),
+    }
+    assert found["ours over ours/plain"]["labels"] == {"Q2_K": pytest.approx(0.5), "IQ3_XXS": pytest.approx(0.8)}
+
+
+def test_cells_that_feedback_makes_worse_beyond_chance_are_counted_and_named() -> None:
+    found = summary.summarize(_in_both_roundings())["models"]["demo"]["rounding"]["stock+feedback over stock, IQ"]
+    assert (found["n_cells"], found["n_above"], found["above"]) == (2, 1, ["IQ3_XXS code"])
+    assert found["worst_cell"]["text"] == "code"
+    assert found["worst_cell"]["ratio"] == pytest.approx(1.1)
+    noisy = [replace(c, sums=c.sums[::-1]) if c.method == "stock+feedback" else c for c in _in_both_roundings()]
+    again = summary.summarize(noisy)["models"]["demo"]["rounding"]["stock+feedback over stock, IQ"]
+    assert again["worst_cell"]["ratio"] == pytest.approx(1.1)
+    assert again["n_above"] == 0
+
+
+def test_without_ours_the_comparisons_are_made_with_ours_without_feedback() -> None:
+    cells = [c for c in _in_both_roundings() if c.method in ("stock", "no-feedback")]
+    cells += [replace(c, method="wmse") for c in cells if c.method == "stock"]
+    found = summary.summarize(cells)
+    model = found["models"]["demo"]
+    assert model["compared"] == "no-feedback"
+    assert model["geometric_mean"]["no-feedback/wmse"] == pytest.approx(0.6)
+    assert model["worst_cell"]["ratio"] == pytest.approx(0.6)
+    assert model["wanted"]["no-feedback/stock"]["measured"] == pytest.approx(0.6)
+    assert found["prediction"]["spearman"] == pytest.approx(1.0)
+    assert "| 0.600 (0.600–0.600) |" in summary.markdown(cells, found)
+
+
+def test_the_table_tells_both_roundings() -> None:
+    cells = _in_both_roundings()
+    table = summary.markdown(cells, summary.summarize(cells))
+    assert "| stock+feedback/stock | no-feedback/stock | random/stock | ours over ours/plain |" in table
+    assert "stock+feedback over stock, IQ: 0.995 (0.995–0.995) over 2 cells, 1 wholly above 1 (IQ3_XXS code);" in table
+
+
+def test_only_the_stock_types_may_be_larger_with_our_metadata() -> None:
+    cells = [_cell("stock", 0.1), _cell("stock+feedback", 0.1, bytes=1300), _cell("no-feedback", 0.1, bytes=1001)]
+    assert summary.summarize(cells)["models"]["demo"]["sizes"] == {"over": ["Q4_K_M no-feedback"], "under": []}
 
 
 def test_files_of_another_size_are_named() -> None:
@@ -270,9 +352,9 @@ def test_a_report_from_the_csv_alone_writes_table_and_plot(tmp_path: Path, capsy
 
 
 def test_methods_are_measured_in_the_order_that_is_useful_early() -> None:
-    assert quality.methods_of("random:2,wmse,ours,stock") == [
-        *(("stock", None), ("ours", None), ("wmse", None), ("random", 0), ("random", 1))
-    ]
+    spec = "random:2,wmse,no-feedback,ours/plain,ours,stock+feedback,stock"
+    names = ("stock", "stock+feedback", "ours", "ours/plain", "no-feedback", "wmse")
+    assert quality.methods_of(spec) == [*((name, None) for name in names), ("random", 0), ("random", 1)]
 
 
 @pytest.mark.parametrize("spec", ["best", "random", "ours:2", "random:x", ""])
