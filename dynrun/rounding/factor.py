@@ -59,12 +59,12 @@ def factor(
     a = torch.from_numpy(h).to(device)[flipped.to(device)][:, flipped.to(device)]
     diagonal = torch.diagonal(a).clone()
     mean = float(diagonal.double().mean()) or 1.0
-    if shrink:
-        a = a * (1 - shrink)
+    # In place from here on: of a wide layer each copy takes hundreds of megabytes.
+    a.mul_(1 - shrink)
     torch.diagonal(a).copy_(diagonal + damping * mean)
     # Unit diagonal while it is decomposed: massive activations differ from the rest by powers of ten.
     scale = torch.rsqrt(torch.diagonal(a)) if n else diagonal
-    a = a * scale[:, None] * scale[None, :]
+    a.mul_(scale[:, None]).mul_(scale[None, :])
     lower, info = torch.linalg.cholesky_ex(a)
     for jitter in _JITTERS:
         if int(info) == 0:
