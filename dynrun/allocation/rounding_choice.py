@@ -7,12 +7,12 @@ text can tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
-from dynrun.allocation.bench import Bench, types_key
+from dynrun.allocation.bench import types_key
 from dynrun.allocation.search_stage import open_bench
 from dynrun.allocation.speed import kind_of
 from dynrun.artifacts import Outcome, StageFolder, run_stage, stage_folder
@@ -27,6 +27,14 @@ from dynrun.scheme import Scheme
 _LOG_FILE = "measured.jsonl"
 _REVISION = 1
 Narrator = Callable[[float, float, str], None]
+
+
+class Measures(Protocol):
+    """What puts schemes in place (bench.Bench)."""
+
+    @property
+    def weights(self) -> list[int]: ...
+    def scheme(self, types: Mapping[str, str], plain: Collection[str] = ()) -> list[float]: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ def choose_rounding(
 
     def work(folder: StageFolder) -> Mapping[str, Any]:
         with closing(open_bench(reference, imatrix, text, config, folder / _LOG_FILE, feedback)) as bench:
-            return _measured(bench, scheme.types, narrate)
+            return best_rounding(bench, scheme.types, narrate)
 
     outcome = run_stage(folder, work)
     found = outcome.result
@@ -94,7 +102,8 @@ def rounding_folder(
     return stage_folder("feedback", inputs)
 
 
-def _measured(bench: Bench, types: Mapping[str, str], narrate: Narrator) -> dict[str, Any]:
+def best_rounding(bench: Measures, types: Mapping[str, str], narrate: Narrator) -> dict[str, Any]:
+    """Measure ``types`` plain, with feedback, and with each kind of tensors plain; what is best, as plain data."""
     kinds = sorted({kind_of(name) for name in types})
     total = len(kinds) + 3
 

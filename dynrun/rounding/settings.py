@@ -32,6 +32,6 @@ class FeedbackSettings:
         return f"covariance {covariance}, n_ctx {n_ctx}; {how}; r{REVISION}"
 
     def shrinkage(self, strength: float, n_columns: int, n_tokens: int) -> float:
-        """Part of the off-diagonal covariance that is given up, in [0, 1)."""
+        """Part of the off-diagonal covariance that is given up, in [0, 1]; all of it where there are no tokens."""
         prior = strength * n_columns
         return prior / (prior + n_tokens) if prior > 0 else 0.0

@@ -69,9 +69,12 @@ class Feedback:
 
     def _strength(self, name: str) -> float:
         """Of a tensor's input: the damping belongs to what all tensors that read it share."""
-        first = self.source.covariance.input_of[name]
+        input_of = self.source.covariance.input_of
+        first = input_of[name]
         if first not in self._strengths:
-            self._strengths[first] = strength_of(self.source, self._rounder, first)
+            # The same one whichever of them is asked for first; an imported imatrix may lack an entry of some.
+            judge = min(other for other, its in input_of.items() if its == first and self.source.has(other))
+            self._strengths[first] = strength_of(self.source, self._rounder, judge)
             append_line(self.folder / _STRENGTHS_FILE, [first, self._strengths[first]])
         return self._strengths[first]
 

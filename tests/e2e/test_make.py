@@ -42,15 +42,18 @@ def test_make_gives_a_file_of_the_presets_size_that_stands_closer_to_the_referen
     assert Path(made["file"]) == out
     assert 0.995 * made["baseline"]["size_bytes"] <= made["size_bytes"] <= made["baseline"]["size_bytes"]
     assert made["size_bytes"] == out.stat().st_size
-    assert made["kld_ratio"] < 0.6
+    assert made["kld_ratio"] < 0.35
+    assert made["feedback"]["kept"]
+    assert made["feedback"]["ratio_ci95"][1] < 0.8
     assert made["kld"]["ci95"][0] < made["kld"]["mean"] < made["kld"]["ci95"][1] < made["baseline"]["kld"]["ci95"][0]
     assert [stage["name"] for stage in made["stages"]] == [
-        *("imatrix", "sensitivity", "search", "quantize", "stock", "evaluation")
+        *("covariance", "imatrix", "sensitivity", "search", "feedback", "quantize", "stock", "evaluation")
     ]
     scheme = read_scheme(Path(made["scheme"]), quantizable(read_header(demo_model)))
     header = read_header(out)
     assert {name: header.tensors[name].type for name in scheme.types} == dict(scheme.types)
     assert header.metadata["dynrun.label"] == "Q3_K_M"
+    assert header.metadata["dynrun.feedback"].strip() == scheme.feedback
     assert re.fullmatch("[0-9a-f]{64}", header.metadata["dynrun.scheme.sha256"])
     assert "/" not in header.metadata["quantize.imatrix.file"]
     assert tools.complete(out, "The capital of France is", n_predict=8, n_threads=2).strip()

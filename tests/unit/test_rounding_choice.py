@@ -1,0 +1,73 @@
+"""Whether feedback is kept, and where: decided by what is measured, never for the worse."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from dynrun.allocation.rounding_choice import best_rounding, tensors_of
+
+TYPES = {f"blk.{i}.{kind}.weight": "Q4_K" for i in range(2) for kind in ("attn_k", "attn_v", "ffn_up")}
+QUIET = lambda *_: None  # noqa: E731
+
+
+def everywhere(kld: float) -> dict[str, float]:
+    return dict.fromkeys(["attn_k", "attn_v", "ffn_up"], kld)
+
+
+class Measured:
+    """A model of which every kind has a KLD with feedback and one without, the same on all sequences but for noise."""
+
+    def __init__(self, with_feedback: Mapping[str, float], plain: Mapping[str, float], noise: Sequence[float]) -> None:
+        self.with_feedback, self.plain, self.noise = with_feedback, plain, noise
+        self.asked: list[frozenset[str]] = []
+        self.weights = [100, 50, 200, 80]
+
+    def scheme(self, types: Mapping[str, str], plain: Collection[str] = ()) -> list[float]:
+        self.asked.append(frozenset(plain))
+        kinds = {kind: set(tensors_of(types, [kind])) <= set(plain) for kind in self.plain}
+        total = sum(self.plain[kind] if is_plain else self.with_feedback[kind] for kind, is_plain in kinds.items())
+        # Noise on whatever has a plain kind, so that a small difference is not certain.
+        return [total * (1 + (noise if any(kinds.values()) else 0)) for noise in self.noise]
+
+
+def test_feedback_that_helps_everywhere_is_kept_everywhere() -> None:
+    model = Measured(
+        everywhere(0.1),
+        everywhere(0.2),
+        [0, 0, 0, 0],
+    )
+    found = best_rounding(model, TYPES, QUIET)
+    assert found["feedback"]
+    assert found["plain"] == []
+    assert (round(found["kld"], 9), round(found["plain_kld"], 9), round(found["ratio"], 9)) == (0.3, 0.6, 0.5)
+    assert frozenset(TYPES) in model.asked
+    assert frozenset() in model.asked
+
+
+def test_a_kind_that_it_harms_is_rounded_plainly() -> None:
+    model = Measured({"attn_k": 0.3, "attn_v": 0.1, "ffn_up": 0.1}, everywhere(0.2), [0, 0, 0, 0])
+    found = best_rounding(model, TYPES, QUIET)
+    assert found["feedback"]
+    assert found["plain"] == ["attn_k"]
+    assert round(found["kld"], 9) == 0.4
+
+
+def test_a_kind_that_it_harms_within_chance_keeps_it() -> None:
+    model = Measured(
+        {"attn_k": 0.201, "attn_v": 0.1, "ffn_up": 0.1},
+        everywhere(0.2),
+        [0.2, -0.2, -0.1, 0.3],
+    )
+    assert best_rounding(model, TYPES, QUIET)["plain"] == []
+
+
+def test_a_file_that_it_harms_is_rounded_plainly() -> None:
+    model = Measured(
+        everywhere(0.3),
+        everywhere(0.2),
+        [0, 0, 0, 0],
+    )
+    found = best_rounding(model, TYPES, QUIET)
+    assert not found["feedback"]
+    assert found["kld"] == found["plain_kld"]
+    assert found["ratio"] == 1
