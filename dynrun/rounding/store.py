@@ -73,7 +73,8 @@ class Feedback:
         first = input_of[name]
         if first not in self._strengths:
             # The same one whichever of them is asked for first; an imported imatrix may lack an entry of some.
-            judge = min(other for other, its in input_of.items() if its == first and self.source.has(other))
+            able = [other for other, its in input_of.items() if its == first and self.source.has(other)]
+            judge = first if first in able else min(able)
             self._strengths[first] = strength_of(self.source, self._rounder, judge)
             append_line(self.folder / _STRENGTHS_FILE, [first, self._strengths[first]])
         return self._strengths[first]
