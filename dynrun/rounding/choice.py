@@ -42,7 +42,7 @@ def strength_of(source: Source, rounder: Rounder, name: str) -> float:
     found = dict.fromkeys(ordered, 0.0)
     for expert in experts:
         for strength in ordered:
-            found[strength] += _error(source, rounder, name, expert, type_name, strength)
+            found[strength] += _error(source, rounder, name, expert, type_name, strength, sweeps=0)
     return min(ordered, key=lambda strength: found[strength])
 
 
@@ -51,7 +51,7 @@ def choose(source: Source, rounder: Rounder, name: str, type_name: str, strength
     plain = with_feedback = 0.0
     for expert in (experts := source.most_seen(name, source.settings.n_experts)):
         plain += _plain_error(source, name, expert, type_name)
-        with_feedback += _error(source, rounder, name, expert, type_name, strength)
+        with_feedback += _error(source, rounder, name, expert, type_name, strength, sweeps=source.settings.sweeps)
     if not experts:
         return Choice(strength, 1.0)
     return Choice(strength, with_feedback / plain) if with_feedback < plain else PLAIN
@@ -61,9 +61,12 @@ def _fast_type(source: Source, name: str) -> str:
     return "Q3_K" if TENSOR_TYPES["Q3_K"].fits(source.weights.header.tensors[name].shape[0]) else "Q4_0"
 
 
-def _error(source: Source, rounder: Rounder, name: str, expert: int, type_name: str, strength: float) -> float:
-    rows, factor = source.some(name, expert, source.settings.n_rows), source.factor(name, expert, strength)
-    _, values = rounder.round(rows, factor, type_name, source.importance(name, expert))
+def _error(
+    source: Source, rounder: Rounder, name: str, expert: int, type_name: str, strength: float, *, sweeps: int
+) -> float:
+    rows = source.some(name, expert, source.settings.n_rows)
+    factor = source.factor(name, expert, strength, TENSOR_TYPES[type_name].block_size)
+    _, values = rounder.round(rows, factor, type_name, source.importance(name, expert), sweeps=sweeps)
     return output_error(source.held_out(name, expert), rows - values)
 
 

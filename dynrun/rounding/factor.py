@@ -23,9 +23,10 @@ _JITTERS = (1e-6, 1e-4, 1e-2)
 
 @dataclass(frozen=True)
 class Factor:
-    """``r`` float32 [n, n], upper triangular, of the columns in the order ``order`` (int64 [n])."""
+    """``r`` float32 [n, n], upper triangular, and ``h`` = r·rᵀ, of the columns in the order ``order`` (int64 [n])."""
 
     r: torch.Tensor
+    h: torch.Tensor
     order: npt.NDArray[np.int64]
 
     def between(self, done: slice, slab: slice) -> torch.Tensor:
@@ -71,4 +72,5 @@ def factor(
             break
         lower, info = torch.linalg.cholesky_ex(a.double() + jitter * torch.eye(n, dtype=torch.float64, device=device))
     lower = lower.float() / scale[:, None]
-    return Factor(torch.flip(lower, (0, 1)).contiguous(), order)
+    a.div_(scale[:, None]).div_(scale[None, :])
+    return Factor(torch.flip(lower, (0, 1)).contiguous(), torch.flip(a, (0, 1)).contiguous(), order)

@@ -7,7 +7,9 @@ its targets, W + E·V (factor.py); within them the codes are chosen again, group
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy.typing as npt
 
 from dynrun.gguf.tensor_types import TENSOR_TYPES
 from dynrun.llamacpp.library import ggml
+from dynrun.rounding.descent import descend
 from dynrun.rounding.factor import Factor
 
 if TYPE_CHECKING:
@@ -28,6 +31,17 @@ Bytes = npt.NDArray[np.uint8]
 _LAZY = 32
 
 
+@dataclass(frozen=True)
+class _Slab:
+    """Bytes [n_rows, bytes] as ggml made them, and their codes where those are open."""
+
+    data: Bytes
+    codes: Codes | None = None
+
+    def packed(self) -> Bytes:
+        return self.data if self.codes is None else self.codes.data()
+
+
 class Rounder:
     """Rounds matrices with error feedback, ggml's part of the work on ``n_threads`` threads."""
 
@@ -36,40 +50,53 @@ class Rounder:
         self._ggml = ggml()
 
     def round(
-        self, rows: Rows, factor: Factor, type_name: str, importance: Rows | None, *, within: bool = True
+        self,
+        rows: Rows,
+        factor: Factor,
+        type_name: str,
+        importance: Rows | None,
+        *,
+        within: bool = True,
+        sweeps: int = 0,
     ) -> tuple[Bytes, Rows]:
         """Bytes [n_rows, bytes per row] and values [n_rows, n] of ``rows`` in ``type_name``.
 
         ``importance`` [n] is what ggml weighs squared errors with while it searches scales. Without ``within`` a slab's
-        codes stay as ggml chose them.
+        codes stay as ggml chose them; with it they are chosen again in ``sweeps`` sweeps (descent.py).
         """
         import torch
 
-        kind, n_rows = TENSOR_TYPES[type_name], len(rows)
-        width, n = kind.block_size, rows.shape[1]
-        weights = torch.from_numpy(np.ascontiguousarray(rows.T)).to(self.device)
-        errors, values = torch.zeros_like(weights), np.empty_like(rows)
-        data = np.empty((n_rows, n // width, kind.type_size), dtype=np.uint8)
+        kind, n = TENSOR_TYPES[type_name], rows.shape[1]
+        # Columns in the order of the factor, in which a slab's are neighbours.
+        weights = torch.from_numpy(np.ascontiguousarray(rows[:, factor.order].T)).to(self.device)
+        errors = torch.zeros_like(weights)
+        slabs: list[_Slab] = []
         self._ggml.ggml_quantize_init(kind.ggml_id)
-        for start in range(0, n, width):
-            # Columns in the order of the factor; a slab's are neighbours in the matrix.
-            here, first = slice(start, start + width), int(factor.order[start])
-            slab = slice(first, first + width)
-            target = weights[slab]
+        for start in range(0, n, kind.block_size):
+            here = slice(start, start + kind.block_size)
+            target = weights[here]
             if start:
-                between = factor.between(slice(0, start), here)
-                target = torch.addmm(target, between.T, errors[:start])
-            found = self._quantize(kind.ggml_id, target, None if importance is None else importance[slab])
-            codes = self._open(type_name, found, n_rows, width) if within else None
-            if codes is None:
-                q = self._values(kind.ggml_id, found, n_rows, width)
-            else:
-                q = choose_codes(codes, target, factor.r[here, here])
-                found = codes.data()
-            errors[here] = weights[slab] - q
-            values[:, slab] = q.T.cpu().numpy()
-            data[:, first // width] = found.reshape(n_rows, kind.type_size)
-        return data.reshape(n_rows, -1), values
+                target = torch.addmm(target, factor.between(slice(0, start), here).T, errors[:start])
+            weight = None if importance is None else importance[factor.order[here]]
+            slab, values = self._slab(type_name, target, weight, factor.r[here, here] if within else None)
+            errors[here] = weights[here] - values
+            slabs.append(slab)
+        opened = [slab.codes for slab in slabs if slab.codes is not None]
+        for _ in range(sweeps if opened else 0):
+            descend(opened, weights, errors, factor.h)
+        data = _in_place([slab.packed() for slab in slabs], factor.order, kind.block_size)
+        return data, self._ggml.dequantize(kind.ggml_id, data, len(rows), n)
+
+    def _slab(
+        self, type_name: str, target: torch.Tensor, importance: Rows | None, r: torch.Tensor | None
+    ) -> tuple[_Slab, torch.Tensor]:
+        """A slab [width, n_rows] by ggml, its codes chosen again with feedback by ``r`` if there is one; its values."""
+        type_id, (width, n_rows) = TENSOR_TYPES[type_name].ggml_id, target.shape
+        data = self._quantize(type_id, target, importance)
+        codes = None if r is None else self._open(type_name, data, n_rows, width)
+        if r is None or codes is None:
+            return _Slab(data), self._values(type_id, data, n_rows, width)
+        return _Slab(data, codes), choose_codes(codes, target, r)
 
     def _open(self, type_name: str, data: Bytes, n_rows: int, width: int) -> Codes | None:
         from dynrun.rounding.formats import open_codes
@@ -92,6 +119,15 @@ class Rounder:
 
         found = self._ggml.dequantize(type_id, data, n_rows, width)
         return torch.from_numpy(np.ascontiguousarray(found.T)).to(self.device)
+
+
+def _in_place(slabs: Sequence[Bytes], order: npt.NDArray[np.int64], width: int) -> Bytes:
+    """Slabs [n_rows, bytes] in the order of the factor as rows [n_rows, bytes per row] of the matrix."""
+    n_rows = len(slabs[0])
+    data = np.empty((n_rows, len(slabs), slabs[0].shape[1]), dtype=np.uint8)
+    for number, slab in enumerate(slabs):
+        data[:, order[number * width] // width] = slab
+    return data.reshape(n_rows, -1)
 
 
 def choose_codes(codes: Codes, target: torch.Tensor, r: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Codes(Protocol):
-    """A slab quantized by ggml whose scales stand and whose codes are chosen again, from the first column on."""
+    """A slab quantized by ggml whose scales stand and whose codes are chosen again."""
 
     width: int  # columns that are decided together: 1 of scalar types, 4 or 8 of those with codebooks
 
@@ -26,7 +26,7 @@ class Codes(Protocol):
 
         ``x`` float32 [width, n_rows] is what the columns should be, ``metric`` float32 [width, width] the quadratic
         form whose value at x − values every row should make small. Values: float32 [width, n_rows], bit-equal to what
-        ggml's dequantizer gives for :meth:`data`. Each group of columns once, in ascending order.
+        ggml's dequantizer gives for :meth:`data`. Groups may be chosen again.
         """
 
     def data(self) -> npt.NDArray[np.uint8]:

@@ -7,19 +7,20 @@ from dataclasses import asdict, dataclass
 from dynrun.artifacts import key_of
 
 # Counts up when the same settings give other bytes.
-REVISION = 1
+REVISION = 2
 
 
 @dataclass(frozen=True)
 class FeedbackSettings:
     """``strengths`` are tried on held-out activations: the covariance is shrunk toward its diagonal as by s·n tokens of
     independent columns, n its width. ``damping`` in units of the mean diagonal; ``n_rows`` of a tensor, of at most
-    ``n_experts``, decide on both, and on whether feedback is worth it."""
+    ``n_experts``, decide on both, and on whether feedback is worth it. ``sweeps`` over all columns after the first."""
 
     strengths: tuple[float, ...] = (0.25, 1.0, 4.0, 16.0)
     damping: float = 1e-3
     n_rows: int = 64
     n_experts: int = 4
+    sweeps: int = 1
 
     def key(self) -> str:
         """Content address."""
@@ -29,7 +30,7 @@ class FeedbackSettings:
         """What a scheme and a file's metadata say: with the imatrix's calibration enough to make the same bytes."""
         strengths = "/".join(f"{strength:g}" for strength in self.strengths)
         how = f"strengths {strengths}, damping {self.damping:g}, {self.n_rows} rows, {self.n_experts} experts"
-        return f"covariance {covariance}, n_ctx {n_ctx}; {how}; r{REVISION}"
+        return f"covariance {covariance}, n_ctx {n_ctx}; {how}, {self.sweeps} sweeps; r{REVISION}"
 
     def shrinkage(self, strength: float, n_columns: int, n_tokens: int) -> float:
         """Part of the off-diagonal covariance that is given up, in [0, 1]; all of it where there are no tokens."""

@@ -19,6 +19,7 @@ from dynrun.rounding.factor import Factor, factor
 from dynrun.rounding.settings import FeedbackSettings
 
 Rows = npt.NDArray[np.float32]
+_KEPT = 4
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Source:
     device: str = "cpu"
     _input: tuple[str, int] | None = None
     _matrix: Rows | None = None
-    _factors: dict[float, Factor] = field(default_factory=dict)
+    _factors: dict[tuple[float, int], Factor] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         """Whether there is a covariance for the tensor, and an imatrix entry."""
@@ -70,17 +71,23 @@ class Source:
         seen = [len(self.held_out(name, expert)) for expert in range(self.n_expert(name))]
         return sorted(int(e) for e in np.argsort(np.negative(seen), kind="stable")[:n] if seen[e])
 
-    def factor(self, name: str, expert: int, strength: float) -> Factor:
-        """The factor of the input's covariance, shrunk by ``strength``."""
+    def factor(self, name: str, expert: int, strength: float, width: int) -> Factor:
+        """The factor of the input's covariance, shrunk by ``strength``; slabs of ``width`` columns, those of most
+        energy first: later ones make up for their errors."""
         key = (self.covariance.input_of[name], expert)
         if key != self._input:
             self._factors.clear()
             self._input, self._matrix = key, self.covariance.matrix(name, expert)
         assert self._matrix is not None
-        if strength not in self._factors:
+        if (strength, width) not in self._factors:
+            # Of a wide input one of them takes a gigabyte.
+            while len(self._factors) >= _KEPT:
+                self._factors.pop(next(iter(self._factors)))
             n = len(self._matrix)
             shrink = self.settings.shrinkage(strength, n, self.covariance.count(name, expert))
-            order = np.arange(n)
+            energy = np.diag(self._matrix).reshape(-1, width).sum(axis=1, dtype=np.float64)
+            slabs = np.argsort(-energy, kind="stable")
+            order = (slabs[:, None] * width + np.arange(width)).reshape(-1)
             made = factor(self._matrix, self.settings.damping, order, shrink=shrink, device=self.device)
-            self._factors[strength] = made
-        return self._factors[strength]
+            self._factors[strength, width] = made
+        return self._factors[strength, width]

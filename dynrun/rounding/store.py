@@ -100,9 +100,10 @@ class Feedback:
         for expert in range(source.n_expert(name)):
             rows = source.rows(name, expert)
             step = max(1, _CHUNK_VALUES // rows.shape[1])
-            factor, importance = source.factor(name, expert, strength), source.importance(name, expert)
+            factor = source.factor(name, expert, strength, TENSOR_TYPES[type_name].block_size)
+            importance, sweeps = source.importance(name, expert), source.settings.sweeps
             for start in range(0, len(rows), step):
-                made = self._rounder.round(rows[start : start + step], factor, type_name, importance)
+                made = self._rounder.round(rows[start : start + step], factor, type_name, importance, sweeps=sweeps)
                 data.append(made[0])
                 values.append(made[1])
         return Rounded(np.concatenate(data), np.concatenate(values))

@@ -63,10 +63,17 @@ class Layer:
         return dequantized(type_name, quantized(type_name, self.rows, self.importance), self.rows.shape[1])
 
     def rounded(
-        self, type_name: str, *, within: bool = True, order: Order | None = None, n_threads: int = 1
+        self, type_name: str, *, within: bool = True, order: Order | None = None, n_threads: int = 1, sweeps: int = 0
     ) -> tuple[Bytes, Rows]:
         found = factor(self.h, DAMPING, np.arange(len(self.h)) if order is None else order)
-        return Rounder(n_threads).round(self.rows, found, type_name, self.importance, within=within)
+        return Rounder(n_threads).round(self.rows, found, type_name, self.importance, within=within, sweeps=sweeps)
+
+    def fitted(self, values: Rows) -> float:
+        """Σ eᵀHe on the inputs that H is of, damped as it is for feedback."""
+        h = self.h.astype(np.float64)
+        h[np.diag_indices(len(h))] += DAMPING * np.diag(h).mean()
+        error = (self.rows - values).astype(np.float64)
+        return float(np.einsum("ri,ij,rj->", error, h, error))
 
     def error(self, values: Rows) -> float:
         return float(np.square(self.held_out @ (self.rows - values).T, dtype=np.float64).sum())
@@ -163,6 +170,18 @@ def test_slabs_may_come_in_any_order(type_name: str) -> None:
     data, values = it.rounded(type_name, order=order)
     assert np.array_equal(values, dequantized(type_name, data, n))
     assert it.error(values) < LEFT[type_name][0] * it.error(it.plain(type_name))
+
+
+@every_type
+def test_every_sweep_lowers_the_error_that_feedback_left(type_name: str) -> None:
+    it = layer(width_of(type_name, 2))
+    order = np.arange(it.rows.shape[1]).reshape(-1, TENSOR_TYPES[type_name].block_size)[::-1].flatten()
+    found = [it.rounded(type_name, sweeps=sweeps, order=order) for sweeps in (0, 1, 2)]
+    errors = [it.fitted(values) for _, values in found]
+    assert errors[1] < errors[0]
+    assert errors[2] <= errors[1] * (1 + 1e-5)
+    data, values = found[1]
+    assert np.array_equal(values, dequantized(type_name, data, it.rows.shape[1]))
 
 
 def test_a_type_whose_codes_cannot_be_chosen_again_has_feedback_between_slabs() -> None:
