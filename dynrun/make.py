@@ -213,12 +213,16 @@ def plan(
         choice = _searched_choice(reference, *known, target, settings, split_max_size)
     else:
         choice = _applied_choice(reference, known[0], target, settings, whole, split_max_size)
-    imatrix = f"{settings.imatrix.n_tokens:,} tokens, n_ctx {settings.imatrix.n_ctx}"
+    read = f"{settings.imatrix.n_tokens:,} tokens, n_ctx {settings.imatrix.n_ctx}"
+    covered = known is not None and _known_feedback(reference, *known, settings) is not None
+    rounding = "the scheme with feedback, without, and with each kind of tensors plain"
     shards = f"shards of at most {split_max_size:,} bytes" if split_max_size else ""
     return [
         PlannedStage("reference", True, f"{reference.path}, {reference.header.file_bytes:,} bytes"),
-        PlannedStage("imatrix", known is not None, imatrix),
+        *([PlannedStage("covariance", covered, read)] if settings.feedback else []),
+        PlannedStage("imatrix", known is not None, read),
         *choice.stages,
+        *([PlannedStage("feedback", False, rounding)] if settings.feedback else []),
         *_file_stages(reference, choice, settings.config.n_threads),
         PlannedStage("evaluation", False, f"{settings.eval_tokens:,} tokens of the test split, reference and 2 files"),
         *([PlannedStage("split", False, shards)] if shards else []),
