@@ -14,6 +14,7 @@ from dynrun.llamacpp import tools
 from dynrun.make import Made
 from dynrun.models import open_reference
 from dynrun.paths import stages_dir
+from dynrun.rounding.settings import FeedbackSettings
 from dynrun.scheme import read_scheme
 from dynrun.stages import feedback_of, read_texts, statistics
 from dynrun.target import Target
@@ -23,7 +24,7 @@ from tests.tiny import write_tiny_llama
 
 pytestmark = pytest.mark.native
 # Enough batches of 512 tokens that one is held out.
-WANTED = replace(SETTINGS, imatrix=replace(SETTINGS.imatrix, n_tokens=5120))
+WANTED = replace(SETTINGS, imatrix=replace(SETTINGS.imatrix, n_tokens=5120), feedback=FeedbackSettings())
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,18 @@ def test_the_file_holds_the_rounded_tensors_and_says_how_they_were_made(model: P
     assert len(metadata) == 127
     assert metadata.strip() == made.scheme.feedback == read_scheme(made.scheme_path).feedback
     assert tools.complete(made.file, "a", n_predict=4, n_threads=2)
+
+
+def test_a_fine_tune_is_rounded_by_its_own_activations_and_nothing_is_probed(model: Path, tmp_path: Path) -> None:
+    base, _ = run(model, Target(bpw=3.5), tmp_path / "base.gguf", settings=WANTED)
+    tuned = write_tiny_llama(tmp_path / "tuned.gguf", seed=1)
+    made, _ = run(tuned, None, tmp_path / "out.gguf", base.scheme, settings=WANTED)
+    assert [one.name for one in made.stages] == [
+        *("covariance", "imatrix", "errors", "search", "feedback", "quantize", "stock", "evaluation")
+    ]
+    assert made.scheme.feedback
+    assert made.scheme.feedback != base.scheme.feedback
+    assert check_against_the_store(made) > 5
 
 
 def test_without_it_nothing_is_collected_and_the_bytes_are_as_many(model: Path, tmp_path: Path) -> None:

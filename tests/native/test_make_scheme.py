@@ -34,6 +34,8 @@ SETTINGS = Settings(
     search=SearchSettings(n_tokens=128, n_ctx=64, n_candidates=2, rounds=0),
     eval_tokens=256,
     eval_n_ctx=64,
+    # test_make_feedback.py has it.
+    feedback=None,
     config=Config(threads=2),
 )
 SMALL = ("--tokens", "512", "--ctx", "64")
