@@ -105,7 +105,7 @@ def _with_rounding(
     if feedback is None:
         plain = replace(chosen.scheme, feedback="", feedback_except="")
         return replace(chosen, scheme=plain)
-    reporter.stage("feedback", "the scheme with it, without it, and with all kinds of tensors but one")
+    reporter.stage("feedback", "the scheme with it, without it, and with doubtful kinds of tensors plain")
     found = choose_rounding(
         *(reference, imatrix, chosen.scheme, texts.selection or texts.probe, feedback),
         config=settings.config,

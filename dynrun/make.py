@@ -215,7 +215,7 @@ def plan(
         choice = _applied_choice(reference, known[0], target, settings, whole, split_max_size)
     read = f"{settings.imatrix.n_tokens:,} tokens, n_ctx {settings.imatrix.n_ctx}"
     covered = known is not None and _known_feedback(reference, *known, settings) is not None
-    rounding = "the scheme with feedback, without, and with each kind of tensors plain"
+    rounding = "the scheme with feedback, without, and with doubtful kinds of tensors plain"
     shards = f"shards of at most {split_max_size:,} bytes" if split_max_size else ""
     return [
         PlannedStage("reference", True, f"{reference.path}, {reference.header.file_bytes:,} bytes"),

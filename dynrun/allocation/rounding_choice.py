@@ -1,8 +1,8 @@
 """Whether a scheme is to be rounded with error feedback, and in which kinds of tensors, by measured KLD.
 
-Takes the chosen scheme, puts it in place with feedback, without, and with one kind of tensors after the other left
-plain, and keeps what is best on the selection text: with feedback a file is never worse than without, as far as that
-text can tell.
+Takes the chosen scheme, puts it in place with feedback, without, and with one doubtful kind of tensors after the other
+left plain, and keeps what is best on the selection text: a file with feedback is never worse than without, as far as
+that text can tell.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+import numpy as np
 
 from dynrun.allocation.bench import types_key
 from dynrun.allocation.search_stage import open_bench
@@ -25,7 +27,9 @@ from dynrun.rounding.store import Feedback
 from dynrun.scheme import Scheme
 
 _LOG_FILE = "measured.jsonl"
-_REVISION = 1
+_REVISION = 2
+# Mean ratio of held-out output errors from which on a kind's KLD is measured without feedback too.
+_DOUBTFUL, _EMBEDDING = 0.75, "token_embd"
 Narrator = Callable[[float, float, str], None]
 
 
@@ -78,7 +82,7 @@ def choose_rounding(
 
     def work(folder: StageFolder) -> Mapping[str, Any]:
         with closing(open_bench(reference, imatrix, text, config, folder / _LOG_FILE, feedback)) as bench:
-            return best_rounding(bench, scheme.types, narrate)
+            return best_rounding(bench, scheme.types, doubtful_kinds(scheme.types, feedback), narrate)
 
     outcome = run_stage(folder, work)
     found = outcome.result
@@ -102,10 +106,23 @@ def rounding_folder(
     return stage_folder("feedback", inputs)
 
 
-def best_rounding(bench: Measures, types: Mapping[str, str], narrate: Narrator) -> dict[str, Any]:
-    """Measure ``types`` plain, with feedback, and with each kind of tensors plain; what is best, as plain data."""
+def doubtful_kinds(types: Mapping[str, str], feedback: Feedback) -> list[str]:
+    """The kinds that might be better off plain: those in which feedback takes little off the held-out output error,
+    and embeddings, which are read as rows too where the output is tied to them."""
+    ratios: dict[str, list[float]] = {}
+    for name, type_name in types.items():
+        if (choice := feedback.choice(name, type_name)).strength is not None:
+            ratios.setdefault(kind_of(name), []).append(choice.ratio)
+    return sorted(kind for kind, found in ratios.items() if kind == _EMBEDDING or np.mean(found) > _DOUBTFUL)
+
+
+def best_rounding(
+    bench: Measures, types: Mapping[str, str], doubtful: Sequence[str], narrate: Narrator
+) -> dict[str, Any]:
+    """Measure ``types`` plain, with feedback, and with each of the ``doubtful`` kinds plain; what is best, as plain
+    data."""
     kinds = sorted({kind_of(name) for name in types})
-    total = len(kinds) + 3
+    total = len(doubtful) + 3
 
     def measure(done: int, note: str, plain: Sequence[str]) -> Clusters:
         klds = bench.scheme(types, tensors_of(types, plain))
@@ -117,7 +134,7 @@ def best_rounding(bench: Measures, types: Mapping[str, str], narrate: Narrator) 
     best, best_plain = measure(2, "feedback", []), tuple[str, ...]()
     # A kind is left plain only where that is better beyond chance: all of them are tried on the same text.
     worse = []
-    for done, kind in enumerate(kinds, start=3):
+    for done, kind in enumerate(doubtful, start=3):
         ratio = paired_ratio(measure(done, f"{kind} plain", [kind]), best)
         if ratio is not None and ratio.ci95[1] < 1:
             worse.append(kind)

@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 from dynrun.allocation.rounding_choice import best_rounding, tensors_of
 
-TYPES = {f"blk.{i}.{kind}.weight": "Q4_K" for i in range(2) for kind in ("attn_k", "attn_v", "ffn_up")}
+KINDS = ("attn_k", "attn_v", "ffn_up")
+TYPES = {f"blk.{i}.{kind}.weight": "Q4_K" for i in range(2) for kind in KINDS}
 QUIET = lambda *_: None  # noqa: E731
 
 
 def everywhere(kld: float) -> dict[str, float]:
-    return dict.fromkeys(["attn_k", "attn_v", "ffn_up"], kld)
+    return dict.fromkeys(KINDS, kld)
 
 
 class Measured:
@@ -36,7 +37,7 @@ def test_feedback_that_helps_everywhere_is_kept_everywhere() -> None:
         everywhere(0.2),
         [0, 0, 0, 0],
     )
-    found = best_rounding(model, TYPES, QUIET)
+    found = best_rounding(model, TYPES, KINDS, QUIET)
     assert found["feedback"]
     assert found["plain"] == []
     assert (round(found["kld"], 9), round(found["plain_kld"], 9), round(found["ratio"], 9)) == (0.3, 0.6, 0.5)
@@ -46,7 +47,7 @@ def test_feedback_that_helps_everywhere_is_kept_everywhere() -> None:
 
 def test_a_kind_that_it_harms_is_rounded_plainly() -> None:
     model = Measured({"attn_k": 0.3, "attn_v": 0.1, "ffn_up": 0.1}, everywhere(0.2), [0, 0, 0, 0])
-    found = best_rounding(model, TYPES, QUIET)
+    found = best_rounding(model, TYPES, KINDS, QUIET)
     assert found["feedback"]
     assert found["plain"] == ["attn_k"]
     assert round(found["kld"], 9) == 0.4
@@ -58,7 +59,7 @@ def test_a_kind_that_it_harms_within_chance_keeps_it() -> None:
         everywhere(0.2),
         [0.2, -0.2, -0.1, 0.3],
     )
-    assert best_rounding(model, TYPES, QUIET)["plain"] == []
+    assert best_rounding(model, TYPES, KINDS, QUIET)["plain"] == []
 
 
 def test_a_file_that_it_harms_is_rounded_plainly() -> None:
@@ -67,7 +68,14 @@ def test_a_file_that_it_harms_is_rounded_plainly() -> None:
         everywhere(0.2),
         [0, 0, 0, 0],
     )
-    found = best_rounding(model, TYPES, QUIET)
+    found = best_rounding(model, TYPES, KINDS, QUIET)
     assert not found["feedback"]
     assert found["kld"] == found["plain_kld"]
     assert found["ratio"] == 1
+
+
+def test_only_doubtful_kinds_are_measured_by_themselves() -> None:
+    model = Measured({"attn_k": 0.3, "attn_v": 0.1, "ffn_up": 0.1}, everywhere(0.2), [0, 0, 0, 0])
+    found = best_rounding(model, TYPES, ["ffn_up"], QUIET)
+    assert found["plain"] == []
+    assert model.asked == [frozenset(TYPES), frozenset(), frozenset(tensors_of(TYPES, ["ffn_up"]))]
