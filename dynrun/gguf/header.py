@@ -22,6 +22,7 @@ _MAX_NESTING = 4
 # Far above any model (a vocabulary has under a million entries), far below what a hostile file could ask for.
 _MAX_STRING, _MAX_ARRAY = 1 << 26, 1 << 24
 DEFAULT_ALIGNMENT = 32
+PREAMBLE_BYTES = 24  # magic, version, number of tensors, number of entries
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class _Reader:
 
 
 def _parse(path: Path, reader: _Reader) -> Header:
-    if reader.left < 24 or reader.take(4) != b"GGUF":
+    if reader.left < PREAMBLE_BYTES or reader.take(4) != b"GGUF":
         raise _BadFileError("it does not begin with GGUF")
     version = reader.scalar("<I")
     if version not in (2, 3):

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dynrun.gguf.header import Header, TensorInfo, padded
+from dynrun.gguf.header import PREAMBLE_BYTES, Header, TensorInfo, padded
 from dynrun.gguf.tensor_types import TENSOR_TYPES
 
-_PREAMBLE = 24  # magic, version, number of tensors, number of entries
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
@@ -37,7 +36,7 @@ def metadata_bytes(header: Header, strings: Mapping[str, str], numbers: tuple[st
     for key, value in strings.items():
         entries[key] = string_entry_bytes(key, value)
     infos = sum(8 + len(name.encode()) + 4 + 8 * len(t.shape) + 4 + 8 for name, t in header.tensors.items())
-    return padded(_PREAMBLE + sum(entries.values()) + infos, header.alignment)
+    return padded(PREAMBLE_BYTES + sum(entries.values()) + infos, header.alignment)
 
 
 def quantized_file_bytes(

@@ -15,10 +15,9 @@ import numpy.typing as npt
 
 from dynrun.artifacts import atomic_path
 from dynrun.errors import DynrunError
-from dynrun.gguf.header import Header, TensorInfo, padded
+from dynrun.gguf.header import PREAMBLE_BYTES, Header, TensorInfo, padded
 from dynrun.gguf.tensor_types import TENSOR_TYPES
 
-_PREAMBLE = 24  # magic, version, number of tensors, number of entries
 _COPIED_BYTES = 1 << 24
 
 
@@ -31,7 +30,7 @@ def rewrite(
     many as the type has.
     """
     with atomic_path(path) as temporary, temporary.open("wb") as out, source.path.open("rb") as old:
-        _copy(old, 0, _PREAMBLE + sum(source.kv_bytes.values()), out)
+        _copy(old, 0, PREAMBLE_BYTES + sum(source.kv_bytes.values()), out)
         out.write(_infos(source, types))
         out.write(bytes(padded(out.tell(), source.alignment) - out.tell()))
         for name, tensor in source.tensors.items():

@@ -160,6 +160,12 @@ class Ggml:
         _TO_FLOAT(traits.to_float)(data.ctypes.data, out.ctypes.data, out.size)
         return out
 
+    def round_trip(
+        self, type_id: int, rows: npt.NDArray[np.float32], imatrix: npt.NDArray[np.float32] | None
+    ) -> npt.NDArray[np.float32]:
+        """``rows`` quantized as by :meth:`quantize`, and back."""
+        return self.dequantize(type_id, self.quantize(type_id, rows, imatrix), *rows.shape)
+
     def tensor_bytes(self, pointer: int) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor on any backend."""
         out = np.empty(self.ggml_nbytes(pointer), dtype=np.uint8)

@@ -74,8 +74,7 @@ def _plain_error(source: Source, name: str, expert: int, type_name: str) -> floa
     rows = source.some(name, expert, source.settings.n_rows)
     library, type_id, importance = ggml(), TENSOR_TYPES[type_name].ggml_id, source.importance(name, expert)
     library.ggml_quantize_init(type_id)
-    plain = library.dequantize(type_id, library.quantize(type_id, rows, importance), *rows.shape)
-    return output_error(source.held_out(name, expert), rows - plain)
+    return output_error(source.held_out(name, expert), rows - library.round_trip(type_id, rows, importance))
 
 
 def output_error(x: Rows, error: Rows) -> float:

@@ -6,12 +6,12 @@ over those without. Layers in between are interpolated in the logarithm; a type 
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from dynrun.calibration.imatrix_stats import kind_of
 from dynrun.rounding.store import Feedback
 
 # Types of one construction, the first of each group that a tensor can have standing for all.
@@ -36,8 +36,8 @@ def gains(
     """tensor → type → ratio in (0, 1], for the types that each tensor in ``candidates`` can have."""
     kinds: dict[str, dict[int, str]] = defaultdict(dict)
     for name in candidates:
-        block = re.match(r"blk\.(\d+)\.", name)
-        kinds[re.sub(r"^blk\.\d+\.", "", name)][int(block[1]) if block else 0] = name
+        block, kind = kind_of(name)
+        kinds[kind][block or 0] = name
     sampled = {kind: _spread(sorted(layers)) for kind, layers in kinds.items()}
     found: dict[str, dict[str, float]] = {name: dict.fromkeys(types, 1.0) for name, types in candidates.items()}
     # In the order of the layers: tensors that share an input come one after another.

@@ -79,34 +79,39 @@ class Feedback:
             append_line(self.folder / _STRENGTHS_FILE, [first, self._strengths[first]])
         return self._strengths[first]
 
-    def tensor(self, name: str, type_name: str) -> Rounded | None:
-        """The tensor rounded with feedback; None where plain rounding is better."""
+    def data(self, name: str, type_name: str) -> Bytes | None:
+        """The tensor's bytes [n_rows, bytes per row], rounded with feedback; None where plain rounding is better."""
         strength = self.choice(name, type_name).strength
         if strength is None:
             return None
         path = self.folder / f"{name}.{type_name}.npy"
-        kind, n = TENSOR_TYPES[type_name], self.source.weights.header.tensors[name].shape[0]
         if path.is_file():
-            data: Bytes = np.load(path)
-            return Rounded(data, ggml().dequantize(kind.ggml_id, data, len(data), n))
+            found: Bytes = np.load(path)
+            return found
         made = self._round(name, type_name, strength)
         with atomic_path(path) as temporary, temporary.open("wb") as stream:
-            np.save(stream, made.data)
+            np.save(stream, made)
         return made
 
-    def _round(self, name: str, type_name: str, strength: float) -> Rounded:
+    def tensor(self, name: str, type_name: str) -> Rounded | None:
+        """:meth:`data`, and what it stands for."""
+        if (data := self.data(name, type_name)) is None:
+            return None
+        n = self.source.weights.header.tensors[name].shape[0]
+        return Rounded(data, ggml().dequantize(TENSOR_TYPES[type_name].ggml_id, data, len(data), n))
+
+    def _round(self, name: str, type_name: str, strength: float) -> Bytes:
         source = self.source
-        data, values = [], []
+        data = []
         for expert in range(source.n_expert(name)):
             rows = source.rows(name, expert)
             step = max(1, _CHUNK_VALUES // rows.shape[1])
             factor = source.factor(name, expert, strength, TENSOR_TYPES[type_name].block_size)
             importance, sweeps = source.importance(name, expert), source.settings.sweeps
             for start in range(0, len(rows), step):
-                made = self._rounder.round(rows[start : start + step], factor, type_name, importance, sweeps=sweeps)
-                data.append(made[0])
-                values.append(made[1])
-        return Rounded(np.concatenate(data), np.concatenate(values))
+                chunk = rows[start : start + step]
+                data.append(self._rounder.round(chunk, factor, type_name, importance, sweeps=sweeps)[0])
+        return np.concatenate(data)
 
 
 def feedback_folder(

@@ -26,16 +26,16 @@ def write_rounded(
     on_tensor: Callable[[int, int], None],
 ) -> list[str]:
     """Write ``path``; the names of the tensors that are in their final type there. ``plain``: tensors to leave."""
-    rounded = []
-    for done, (name, type_name) in enumerate(types.items(), start=1):
-        if name not in plain and feedback.tensor(name, type_name) is not None:
-            rounded.append(name)
-        on_tensor(done, len(types))
+    rounded = {n: t for n, t in types.items() if n not in plain and feedback.choice(n, t).strength is not None}
+    done = 0
 
     def data_of(name: str) -> npt.NDArray[np.uint8]:
-        made = feedback.tensor(name, types[name])
+        nonlocal done
+        done += 1
+        on_tensor(done, len(rounded))
+        made = feedback.data(name, types[name])
         assert made is not None
-        return made.data
+        return made
 
-    rewrite(source, path, {name: types[name] for name in rounded}, data_of)
-    return rounded
+    rewrite(source, path, rounded, data_of)
+    return list(rounded)

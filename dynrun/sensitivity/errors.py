@@ -146,8 +146,7 @@ class Quantizer:
         if type_name == "F16":
             return rows.astype(np.float16).astype(np.float32)
         type_id = TENSOR_TYPES[type_name].ggml_id
-        data = self._ggml.quantize(type_id, rows, importance if given else None)
-        return self._ggml.dequantize(type_id, data, *rows.shape)
+        return self._ggml.round_trip(type_id, rows, importance if given else None)
 
 
 def _weighted(original: Rows, quantized: Rows, importance: Rows) -> tuple[Floats, Floats]:

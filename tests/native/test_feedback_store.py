@@ -41,6 +41,7 @@ from dynrun.rounding.gains import gains
 from dynrun.rounding.settings import FeedbackSettings
 from dynrun.rounding.store import Feedback, Rounded, feedback_folder, open_feedback
 from tests.native.test_covariance import sequences
+from tests.native.test_feedback import dequantized
 from tests.tiny import write_tiny_llama
 
 pytestmark = pytest.mark.native
@@ -83,7 +84,7 @@ class Statistics:
 
 
 def decoded(type_name: str, data: npt.NDArray[np.uint8], like: Rows) -> Rows:
-    return ggml().dequantize(TENSOR_TYPES[type_name].ggml_id, np.ascontiguousarray(data), *like.shape)
+    return dequantized(type_name, data.reshape(len(like), -1), like.shape[1])
 
 
 @pytest.fixture(scope="module", autouse=True)

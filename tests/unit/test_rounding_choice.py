@@ -32,11 +32,7 @@ class Measured:
 
 
 def test_feedback_that_helps_everywhere_is_kept_everywhere() -> None:
-    model = Measured(
-        everywhere(0.1),
-        everywhere(0.2),
-        [0, 0, 0, 0],
-    )
+    model = Measured(everywhere(0.1), everywhere(0.2), [0, 0, 0, 0])
     found = best_rounding(model, TYPES, KINDS, QUIET)
     assert found["feedback"]
     assert found["plain"] == []
@@ -54,20 +50,12 @@ def test_a_kind_that_it_harms_is_rounded_plainly() -> None:
 
 
 def test_a_kind_that_it_harms_within_chance_keeps_it() -> None:
-    model = Measured(
-        {"attn_k": 0.201, "attn_v": 0.1, "ffn_up": 0.1},
-        everywhere(0.2),
-        [0.2, -0.2, -0.1, 0.3],
-    )
+    model = Measured({"attn_k": 0.201, "attn_v": 0.1, "ffn_up": 0.1}, everywhere(0.2), [0.2, -0.2, -0.1, 0.3])
     assert best_rounding(model, TYPES, KINDS, QUIET)["plain"] == []
 
 
 def test_a_file_that_it_harms_is_rounded_plainly() -> None:
-    model = Measured(
-        everywhere(0.3),
-        everywhere(0.2),
-        [0, 0, 0, 0],
-    )
+    model = Measured(everywhere(0.3), everywhere(0.2), [0, 0, 0, 0])
     found = best_rounding(model, TYPES, KINDS, QUIET)
     assert not found["feedback"]
     assert found["kld"] == found["plain_kld"]
