@@ -34,7 +34,8 @@ def translated_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # numpy's tofile says a short write ("N requested and M written") without an errno.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "requested and" in str(error)):
             raise DoesNotFitError(
                 f"the disk is full while writing {path}", fix="free some space and run the same command again"
             ) from error

@@ -157,7 +157,12 @@ def test_a_covariance_is_collected_when_asked(tiny: Path) -> None:
     made = dynrun("imatrix", tiny, *SMALL, "--covariance", "--json")
     assert made.exit_code == 0, made.stderr
     assert made.json["covariance"]["passes"] == 1
-    assert len(list(Path(made.json["covariance"]["path"]).glob("*.npy"))) == 9
+    folder = Path(made.json["covariance"]["path"])
+    assert {kind: len(list(folder.glob(f"*.{kind}.npy"))) for kind in ("sums", "counts", "held")} == {
+        "sums": 9,
+        "counts": 9,
+        "held": 9,
+    }
     refused = dynrun("imatrix", tiny, *SMALL, "--covariance", "--covariance-memory", "100K", "--tokens", "900")
     assert refused.exit_code == 5
     assert "--covariance-memory" in refused.error
