@@ -6,11 +6,9 @@ what went wrong. Does not know any tool. Standard library only: build.py imports
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -22,6 +20,7 @@ from typing import IO
 
 from dynrun.artifacts import translated_os_errors
 from dynrun.errors import DynrunError
+from dynrun.llamacpp import watchdog
 from dynrun.paths import logs_dir
 
 _TAIL_LINES = 40
@@ -162,7 +161,7 @@ def spawned(
     """A running program in a process group of its own; on leaving, it and all its children are ended.
 
     With ``pipes`` both outputs are text pipes; with ``stderr`` both go to that file. Without either it keeps the
-    terminal and dynrun's own group, so that Ctrl+C reaches it. On Linux it also dies with the thread that entered this.
+    terminal and dynrun's own group, so that Ctrl+C reaches it. It does not outlive dynrun, however that ends.
     """
     piped = subprocess.PIPE if pipes else None
     try:
@@ -177,15 +176,12 @@ def spawned(
             encoding="utf-8",
             errors="replace",
             start_new_session=piped is not None or stderr is not None,
-            # One system call, looked up before: safe beside other threads.
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
+            preexec_fn=watchdog.before_exec(),  # noqa: PLW1509
         )
     except OSError as error:
         raise DynrunError(f"cannot start {argv[0]}: {error.strerror}", fix="run python3 build.py") from error
-    try:
+    with watchdog.guarded(child, terminate):
         yield child
-    finally:
-        terminate(child)
 
 
 def terminate(child: subprocess.Popen[str]) -> None:
@@ -209,16 +205,6 @@ def _signal_group(child: subprocess.Popen[str], number: int) -> None:
             os.killpg(child.pid, number)
         else:
             child.send_signal(number)
-
-
-# Looked up before any fork: nothing may be imported between fork and exec.
-_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this child when dynrun itself is killed (prctl(2), PR_SET_PDEATHSIG)."""
-    if _PRCTL is not None:
-        _PRCTL(1, signal.SIGKILL, 0, 0, 0)
 
 
 def _wait(child: subprocess.Popen[str], cancel: threading.Event | None) -> int:

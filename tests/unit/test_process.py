@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -197,6 +198,40 @@ class TestSpawned:
         with (tmp_path / "log").open("wb") as log, spawned(python("print('served')"), stderr=log) as child:
             assert child.wait() == 0
         assert (tmp_path / "log").read_text() == "served\n"
+
+    def test_a_program_outlives_the_thread_that_started_it(self) -> None:
+        opened: list[tuple[ExitStack, subprocess.Popen[str]]] = []
+
+        def start() -> None:
+            stack = ExitStack()
+            opened.append((stack, stack.enter_context(spawned(python("import time; time.sleep(300)"), pipes=True))))
+
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join()
+        ((stack, child),) = opened
+        assert child.stdout is not None
+        assert child.stderr is not None
+        with child.stdout, child.stderr:
+            with pytest.raises(subprocess.TimeoutExpired):
+                child.wait(0.3)
+            stack.close()
+        assert child.returncode is not None
+        assert wait_until_gone([child.pid]) == []
+
+    @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+    def test_the_program_dies_when_dynrun_is_killed_whichever_thread_started_it(self) -> None:
+        code = (
+            "import sys, threading; from dynrun.llamacpp.process import stream\n"
+            f"run = lambda: stream([sys.executable, '-c', {FAMILY!r}], lambda line: print(line, end='', flush=True))\n"
+            "threading.Thread(target=run).start()"
+        )
+        with subprocess.Popen(python(code), stdout=subprocess.PIPE, text=True) as parent:
+            assert parent.stdout is not None
+            pids = list(map(int, parent.stdout.readline().split()))
+            parent.kill()
+        assert len(pids) == 2
+        assert wait_until_gone(pids) == [], "the watchdog ends the whole group"
 
     @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux only")
     def test_the_program_dies_when_dynrun_is_killed(self) -> None:
