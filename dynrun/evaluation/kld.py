@@ -18,7 +18,15 @@ from dynrun.artifacts import StageFolder, atomic_path, sha256_file, stage_folder
 from dynrun.errors import DynrunError, UsageError
 from dynrun.gguf.header import Header, read_header
 from dynrun.llamacpp.engine import Engine, Logits
-from dynrun.metrics.intervals import Clusters, Ratio, clusters_of, paired_ratio
+from dynrun.metrics.intervals import (
+    Clusters,
+    Estimate,
+    Ratio,
+    clusters_of,
+    mean_estimate,
+    paired_difference,
+    paired_ratio,
+)
 from dynrun.metrics.summary import Summary, perplexity, rms_delta_p, summarize
 from dynrun.scoring.divergence import Divergence, divergence
 from dynrun.scoring.reference import Progress, ReferenceLogits, Scored, engine_inputs, parts_key, record_reference
@@ -27,26 +35,129 @@ _COLUMNS = ("kld", "same_top", "log_p_reference", "log_p_model")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One file: ``kld`` in nats per token, ``same_top_p`` and ``rms_dp`` as fractions of 1, ``bpw`` of the whole file.
+class Score:
+    """Divergence over scored tokens: ``kld`` in nats per token, ``same_top_p`` and ``rms_dp`` as fractions of 1.
 
-    ``clusters``: the sums of KLD per sequence, for intervals of two files' ratio.
+    ``ln_ppl_ratio``: ln(``ppl`` / ``ppl_reference``). ``clusters``: the sums of KLD per sequence, for paired intervals.
     """
+
+    kld: Summary
+    same_top_p: Estimate
+    rms_dp: float
+    ppl: float
+    ppl_reference: float
+    ln_ppl_ratio: Estimate
+    n_tokens: int
+    n_sequences: int
+    clusters: Clusters
+
+    def to_json(self) -> dict[str, Any]:
+        """As the commands print it."""
+        return {
+            "kld": {**asdict(self.kld), "ci95": list(self.kld.ci95)},
+            "same_top_p": self.same_top_p.value,
+            "same_top_p_ci95": list(self.same_top_p.ci95),
+            "rms_dp": self.rms_dp,
+            "ppl": self.ppl,
+            "ppl_reference": self.ppl_reference,
+            "ln_ppl_ratio": self.ln_ppl_ratio.to_json(),
+            "tokens": self.n_tokens,
+            "sequences": self.n_sequences,
+        }
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The score on one of the texts, or on one kind of conversations."""
+
+    name: str
+    score: Score
+
+    def to_json(self) -> dict[str, Any]:
+        """As the commands print it."""
+        return {"name": self.name, **self.score.to_json()}
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Along the reference's greedy continuations, of at most ``n_tokens`` each.
+
+    ``parted``: for each prompt the position, from 0, of the first token where the file's own greedy continuation is
+    another; None where it never is. ``score``: the divergence at all these positions.
+    """
+
+    n_tokens: int
+    parted: tuple[int | None, ...]
+    score: Score
+
+    @property
+    def identical(self) -> float:
+        """The share of prompts whose continuation is the same to its end."""
+        return sum(position is None for position in self.parted) / len(self.parted)
+
+    @property
+    def median_parted(self) -> float:
+        """The median position where the files part; ``n_tokens`` stands for never."""
+        return float(np.median([self.n_tokens if position is None else position for position in self.parted]))
+
+    def to_json(self) -> dict[str, Any]:
+        """As the commands print it."""
+        return {
+            "prompts": len(self.parted),
+            "max_tokens": self.n_tokens,
+            "parted": list(self.parted),
+            "identical": self.identical,
+            "median_parted": self.median_parted,
+            **self.score.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file: its ``score`` on all texts and on each of the ``domains``; ``bpw`` of the whole file."""
 
     file: Path
     size_bytes: int
     bpw: float
-    kld: Summary
-    same_top_p: float
-    rms_dp: float
-    ppl: float
-    ppl_reference: float
-    n_tokens: int
-    clusters: Clusters
+    score: Score
+    domains: tuple[Domain, ...]
+    continuation: Continuation | None = None
+
+    @property
+    def kld(self) -> Summary:
+        return self.score.kld
+
+    @property
+    def same_top_p(self) -> float:
+        return self.score.same_top_p.value
+
+    @property
+    def rms_dp(self) -> float:
+        return self.score.rms_dp
+
+    @property
+    def ppl(self) -> float:
+        return self.score.ppl
+
+    @property
+    def ppl_reference(self) -> float:
+        return self.score.ppl_reference
+
+    @property
+    def n_tokens(self) -> int:
+        return self.score.n_tokens
+
+    @property
+    def clusters(self) -> Clusters:
+        return self.score.clusters
 
     def ratio_to(self, other: Row) -> Ratio | None:
         """This file's mean KLD over ``other``'s, on the same sequences; None where the other's is zero."""
         return paired_ratio(self.clusters, other.clusters)
+
+    def difference_to(self, other: Row) -> Estimate:
+        """This file's mean KLD less ``other``'s, on the same sequences."""
+        return paired_difference(self.clusters, other.clusters)
 
     def to_json(self) -> dict[str, Any]:
         """The row as `dynrun eval kld --json` prints it. ``flips`` needs answers to questions: not measured here."""
@@ -54,13 +165,10 @@ class Row:
             "file": str(self.file),
             "size_bytes": self.size_bytes,
             "bpw": self.bpw,
-            "kld": {**asdict(self.kld), "ci95": list(self.kld.ci95)},
-            "same_top_p": self.same_top_p,
+            **self.score.to_json(),
             "flips": None,
-            "rms_dp": self.rms_dp,
-            "ppl": self.ppl,
-            "ppl_reference": self.ppl_reference,
-            "tokens": self.n_tokens,
+            "domains": [domain.to_json() for domain in self.domains],
+            "continuation": self.continuation and self.continuation.to_json(),
         }
 
 
@@ -89,7 +197,7 @@ def evaluate(
         with folder.locked(), Engine.open(file, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as engine:
             _measure(recorded, engine, folder, progress)
     return [
-        _row(file, header, _read(folder, len(parts)))
+        _row(file, header, parts, _read(folder, len(parts)))
         for file, header, folder in zip(files, headers, folders, strict=True)
     ]
 
@@ -158,20 +266,29 @@ def _read(folder: StageFolder, n_parts: int) -> list[Divergence]:
     return found
 
 
-def _row(file: Path, header: Header, found: Sequence[Divergence]) -> Row:
+def _row(file: Path, header: Header, parts: Sequence[Scored], found: Sequence[Divergence]) -> Row:
+    groups: dict[str, list[Divergence]] = {}
+    for part, one in zip(parts, found, strict=True):
+        groups.setdefault(part.domain, []).append(one)
+    domains = tuple(Domain(name, score_of(members)) for name, members in groups.items())
+    score = domains[0].score if len(domains) == 1 else score_of(found)
+    return Row(file, header.file_bytes, header.bpw, score, domains)
+
+
+def score_of(found: Sequence[Divergence]) -> Score:
+    """The score over sequences, one :class:`Divergence` each. Raises ValueError where nothing was scored."""
     same_top, log_p_reference, log_p_model = (
         np.concatenate([getattr(one, name) for one in found]) for name in _COLUMNS[1:]
     )
     klds = [one.kld for one in found]
-    return Row(
-        file=file,
-        size_bytes=header.file_bytes,
-        bpw=header.bpw,
+    return Score(
         kld=summarize(klds),
-        same_top_p=float(same_top.mean()),
+        same_top_p=mean_estimate([one.same_top.astype(np.float64) for one in found]),
         rms_dp=rms_delta_p(log_p_reference, log_p_model),
         ppl=perplexity(log_p_model),
         ppl_reference=perplexity(log_p_reference),
+        ln_ppl_ratio=mean_estimate([one.log_p_reference - one.log_p_model for one in found]),
         n_tokens=len(same_top),
+        n_sequences=len(found),
         clusters=clusters_of(klds),
     )

@@ -31,7 +31,7 @@ def conversation_parts(vocabulary: Vocabulary, template: ChatTemplate, *, max_to
 
 def scored(sequences: Iterable[TokenSequence]) -> list[Scored]:
     """Every position whose successor is known."""
-    return [Scored(one.id, one.tokens, tuple(range(len(one.tokens) - 1))) for one in sequences]
+    return [Scored(one.id, one.tokens, tuple(range(len(one.tokens) - 1)), one.kind) for one in sequences]
 
 
 def text_parts(vocabulary: Vocabulary, text: str, *, max_tokens: int, n_ctx: int) -> list[Scored]:

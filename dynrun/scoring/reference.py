@@ -44,11 +44,12 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Scored:
-    """A token sequence and the positions in it whose predictions are compared."""
+    """A token sequence and the positions in it whose predictions are compared; ``domain``: the text it belongs to."""
 
     id: str
     tokens: tuple[int, ...]
     outputs: tuple[int, ...]
+    domain: str = ""
 
 
 def parts_key(parts: Sequence[Scored]) -> str:
