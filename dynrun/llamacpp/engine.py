@@ -53,6 +53,16 @@ class Weight:
     copies: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Piece:
+    """``tokens`` to go on with in one sequence, from position ``start``; logits after those at ``outputs`` (from 0)."""
+
+    sequence: int
+    start: int
+    tokens: Tokens
+    outputs: tuple[int, ...]
+
+
 @dataclass
 class Prefix:
     """What one sequence's decode left at every layer's end: enough to go on from any of them."""
@@ -99,8 +109,9 @@ class Engine(Vocabulary):
         n_seq_max: int = 1,
         mtp: bool = False,
         device: str = "",
+        n_batch: int | None = None,
     ) -> Self:
-        """Load a GGUF; a decode takes up to ``n_ctx`` tokens in up to ``n_seq_max`` sequences.
+        """Load a GGUF; ``n_ctx`` tokens in up to ``n_seq_max`` sequences, ``n_batch`` (or all) of them in one decode.
 
         With ``mtp`` its MTP blocks too, which only :meth:`watch_inputs` runs. With ``device`` on that one alone
         (``CUDA0``, ``CPU``, ``rpc:HOST:PORT``: devices.py), else on all GPUs there are. Raises NotFoundError for a
@@ -111,7 +122,8 @@ class Engine(Vocabulary):
         lib, dispatcher = llama(), Dispatcher()
         callback = lib.ggml_backend_sched_eval_callback(dispatcher)
         settings = lib.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = n_ctx
+        settings.n_ctx, settings.n_batch = n_ctx, n_batch or n_ctx
+        settings.n_ubatch = settings.n_batch
         settings.n_threads = settings.n_threads_batch = n_threads
         # One cache for all sequences: each may be as long as the whole batch.
         settings.n_seq_max, settings.kv_unified = n_seq_max, True
@@ -144,6 +156,34 @@ class Engine(Vocabulary):
         """
         chosen = tuple(range(len(tokens))) if outputs is None else tuple(outputs)
         return self._decode([tokens], chosen)
+
+    def logit_blocks(self, tokens: Tokens, outputs: Sequence[int], n_rows: int) -> Iterator[Logits]:
+        """What :meth:`logits` gives, ``n_rows`` tokens a decode; ``outputs`` ascend. Memory is bounded by ``n_rows``.
+
+        A block lies in llama.cpp's own memory: it is gone when the next one is asked for.
+        """
+        self.forget()
+        for start in range(0, len(tokens), n_rows):
+            wanted = tuple(position - start for position in outputs if start <= position < start + n_rows)
+            self._decode_pieces([Piece(0, start, tokens[start : start + n_rows], wanted)])
+            if wanted:
+                yield self._rows(len(wanted))
+
+    def forget(self) -> None:
+        """Empty the memory of all sequences."""
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)
+
+    def extend(self, pieces: Sequence[Piece]) -> Logits:
+        """Go on from what is in memory; logits of all pieces' outputs, in order.
+
+        Raises ValueError for an empty or too long batch.
+        """
+        self._decode_pieces(pieces)
+        return np.array(self._rows(sum(len(piece.outputs) for piece in pieces)))
+
+    def tapped(self, tokens: Tokens, tap: Tap) -> None:
+        """Decode ``tokens`` from an empty memory with ``tap`` called at each node."""
+        self._decode([tokens], tuple(range(len(tokens))), tap, copy=False)
 
     def watch_inputs(
         self, batch: Sequence[Tokens], consume: Callable[[Activation], None], only: Collection[str] | None = None
@@ -193,16 +233,28 @@ class Engine(Vocabulary):
         self, sequences: Sequence[Tokens], outputs: tuple[int, ...], tap: Tap | None = None, *, copy: bool = True
     ) -> Logits:
         """``outputs`` count through all sequences; so do the rows of the result."""
-        n_tokens = sum(len(tokens) for tokens in sequences)
-        if not all(len(tokens) for tokens in sequences) or not 0 < n_tokens <= self.n_batch:
+        self.forget()
+        pieces, start = [], 0
+        for i, tokens in enumerate(sequences):
+            here = tuple(sorted(position - start for position in outputs if start <= position < start + len(tokens)))
+            pieces.append(Piece(i, 0, tokens, here))
+            start += len(tokens)
+        self._decode_pieces(pieces, tap)
+        if not copy:
+            return self._rows(0)
+        order = np.argsort(np.argsort(outputs)) if list(outputs) != sorted(outputs) else slice(None)
+        return np.array(self._rows(len(outputs))[order])
+
+    def _decode_pieces(self, pieces: Sequence[Piece], tap: Tap | None = None) -> None:
+        n_tokens = sum(len(piece.tokens) for piece in pieces)
+        if not all(len(piece.tokens) for piece in pieces) or not 0 < n_tokens <= self.n_batch:
             raise ValueError(f"a batch of {n_tokens} tokens; this engine takes 1 to {self.n_batch}, no empty sequence")
-        if len(sequences) > self.n_seq_max:
-            raise ValueError(f"{len(sequences)} sequences; this engine takes {self.n_seq_max}")
+        if any(piece.sequence >= self.n_seq_max for piece in pieces):
+            raise ValueError(f"{len(pieces)} sequences; this engine takes {self.n_seq_max}")
         lib = self._llama
-        lib.llama_memory_clear(lib.llama_get_memory(self._context), False)
         batch = lib.llama_batch_init(n_tokens, 0, 1)
         try:
-            _fill(batch, sequences, set(outputs))
+            _fill(batch, pieces)
             with self._dispatcher.tapping(tap):
                 status = lib.llama_decode(self._context, batch)
                 lib.llama_synchronize(self._context)
@@ -210,16 +262,13 @@ class Engine(Vocabulary):
             lib.llama_batch_free(batch)
         if status != 0:
             raise DynrunError(f"llama_decode failed with {status} on {self.path}")
-        if not copy:
-            return np.empty((0, self.n_vocab), dtype=np.float32)
-        return self._outputs(outputs)
 
-    def _outputs(self, outputs: tuple[int, ...]) -> Logits:
-        # llama_get_logits holds the rows of the positions asked for, in the order of the batch.
-        flat = np.ctypeslib.as_array(self._llama.llama_get_logits(self._context), (len(outputs) * self.n_vocab,))
-        rows = flat.reshape(len(outputs), self.n_vocab)
-        order = np.argsort(np.argsort(outputs)) if list(outputs) != sorted(outputs) else slice(None)
-        return np.array(rows[order])
+    def _rows(self, n: int) -> Logits:
+        """llama.cpp's own memory: rows of the positions asked for in the last decode, in the order of its batch."""
+        if not n:
+            return np.empty((0, self.n_vocab), dtype=np.float32)
+        flat = np.ctypeslib.as_array(self._llama.llama_get_logits(self._context), (n * self.n_vocab,))
+        return flat.reshape(n, self.n_vocab)
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -297,11 +346,12 @@ def _weight(name: str, pointer: int, copies: set[int]) -> Weight:
     return Weight(name, pointer, tensor.type, tuple(shape), tuple(copies - {pointer}))
 
 
-def _fill(batch: Any, sequences: Sequence[Tokens], outputs: set[int]) -> None:
+def _fill(batch: Any, pieces: Sequence[Piece]) -> None:
     i = 0
-    for sequence_id, tokens in enumerate(sequences):
-        for position, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, i in outputs
-            batch.seq_id[i][0] = sequence_id
+    for piece in pieces:
+        outputs = set(piece.outputs)
+        for j, token in enumerate(piece.tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, piece.start + j, 1
+            batch.logits[i], batch.seq_id[i][0] = j in outputs, piece.sequence
             i += 1
     batch.n_tokens = i

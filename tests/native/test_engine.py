@@ -10,7 +10,7 @@ import pytest
 from dynrun.errors import DynrunError, NotFoundError
 from dynrun.gguf.quantizable import quantizable
 from dynrun.gguf.weights import WeightFile, encode
-from dynrun.llamacpp.engine import Engine
+from dynrun.llamacpp.engine import Engine, Piece
 from dynrun.scoring.divergence import divergence
 from tests.tiny import write_tiny_llama
 
@@ -44,6 +44,25 @@ def test_only_the_positions_asked_for_are_given_in_their_order(path: Path) -> No
         every = engine.logits(TOKENS)
         some = engine.logits(TOKENS, [3, 15, 7])
         assert divergence(every[[3, 15, 7]], some).kld.max() < 1e-9
+
+
+@pytest.mark.parametrize("n_rows", [1, 5, 16, 40])
+def test_logits_in_blocks_are_those_of_one_decode(path: Path, n_rows: int) -> None:
+    outputs = [1, 2, 3, 11, 15]
+    with Engine.open(path, n_ctx=64, n_threads=2, n_batch=n_rows) as engine:
+        blocks = [block.copy() for block in engine.logit_blocks(TOKENS, outputs, n_rows)]
+    assert max(map(len, blocks)) <= n_rows
+    with Engine.open(path, n_ctx=64, n_threads=2) as engine:
+        assert divergence(engine.logits(TOKENS, outputs), np.concatenate(blocks)).kld.max() < 1e-4
+
+
+def test_sequences_go_on_from_what_is_in_memory(path: Path) -> None:
+    with Engine.open(path, n_ctx=64, n_threads=2, n_seq_max=2) as engine:
+        whole = [engine.logits(tokens, [14, 15]) for tokens in (TOKENS, TOKENS[::-1])]
+        engine.forget()
+        assert len(engine.extend([Piece(0, 0, TOKENS[:14], ()), Piece(1, 0, TOKENS[:1:-1], ())])) == 0
+        rows = engine.extend([Piece(0, 14, TOKENS[14:], (0, 1)), Piece(1, 14, TOKENS[1::-1], (0, 1))])
+        assert divergence(np.concatenate(whole), rows).kld.max() < 1e-4
 
 
 def test_every_weight_can_be_replaced_and_is_restored(path: Path) -> None:
