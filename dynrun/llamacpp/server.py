@@ -1,161 +1,103 @@
 """A llama-server child: started, waited for, stopped; its death told with its cause.
 
-Takes a model file, gives a URL and an API key for as long as the ``with`` block lasts. A crash or an out-of-memory in
-the child never takes dynrun down. Does not know chats or prompts: that is runtime/.
+Takes options, gives a URL and an API key for as long as the ``with`` block lasts. A crash or an out-of-memory in
+the child never takes dynrun down. Does not know chats, prompts or placements: that is runtime/.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import subprocess
 import time
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from types import TracebackType
-from typing import IO, Literal, Self
+from typing import IO, Self
 
 import httpx
 
 from dynrun.artifacts import translated_os_errors
-from dynrun.errors import DoesNotFitError, DynrunError, NotFoundError
+from dynrun.errors import INTERRUPTED_EXIT_CODE, DoesNotFitError, DynrunError, NotFoundError
 from dynrun.gguf.header import read_header
 from dynrun.llamacpp.build import installation
-from dynrun.llamacpp.process import exit_reason, new_log, scrubbed_environment, spawned
+from dynrun.llamacpp.process import new_log, scrubbed_environment, spawned
+from dynrun.llamacpp.server_log import Death, cause_of_death, last_lines
 from dynrun.paths import cache_dir
 
 DEFAULT_N_CTX = 4096
-_HOST = "127.0.0.1"
-_POLL_S = 0.05
+LOOPBACK = "127.0.0.1"
+_POLL_S = 0.02
 # How long a broken connection may be ahead of the end of the process that broke it (a core dump takes its time).
 _DYING_S = 10.0
-
-Kind = Literal["memory", "model", "killed", "aborted", "other"]
+# "…: listening on http://127.0.0.1:38417"
+_LISTENING = re.compile(r"^\S+ I srv +llama_server: listening on http://.+:(\d+)$", re.MULTILINE)
 
 
 class ServerDiedError(DynrunError):
-    """llama-server ended by itself; the message names the cause."""
+    """llama-server ended by itself; the message names the cause, ``last_lines`` are its log's."""
+
+    def __init__(self, message: str, *, fix: str = "", log: Path | None = None, lines: tuple[str, ...] = ()) -> None:
+        super().__init__(message, fix=fix, log=log)
+        self.last_lines = lines
 
 
 class ServerOutOfMemoryError(ServerDiedError, DoesNotFitError):
     """llama-server ended because memory ran out."""
 
 
+class CancelledError(DynrunError):
+    """The user did not want to wait any longer."""
+
+    exit_code = INTERRUPTED_EXIT_CODE
+
+
 @dataclass(frozen=True)
-class Death:
-    """Why a server ended: ``cause`` in words, what to do, and the kind."""
+class Listen:
+    """Where a server listens: port 0 is a free one. ``key_file`` holds the keys that are let in, one a line; None makes
+    one for this server alone."""
 
-    cause: str
-    fix: str
-    kind: Kind
-
-
-# "0.00.005.166 E gguf_init_from_file: failed to open …" (common/log.cpp); aborts and loader errors come without prefix.
-_LINE = re.compile(r"^\d+\.\d\d\.\d{3}\.\d{3} ([A-Z]) (.*)$")
-_FUNCTION = re.compile(r"^(?:(?:srv|cmn|slot) +)?[\w ()]+?: (?:error(?: loading model)?: )?")
-_LISTENING = re.compile(rf"^\S+ I srv +llama_server: listening on http://{re.escape(_HOST)}:(\d+)$", re.MULTILINE)
-_MEMORY = re.compile(
-    r"cudaMalloc failed|out of memory|insufficient memory|OutOfDeviceMemory|bad_alloc|cannot allocate memory"
-    r"|failed to allocate .*buffer|unable to allocate",
-    re.IGNORECASE,
-)
-_ABORT = re.compile(r"GGML_ASSERT|GGML_ABORT|CUDA error|terminate called|what\(\):")
-_MALFORMED = re.compile(r"invalid magic|corrupted or incomplete|not within the file bounds|failed to read")
-_TEMPLATE = re.compile(r"common_chat_templates_init: error: |failed to apply template: ")
-_SMALLER = "use a smaller context (--ctx), a smaller quant, or free some memory"
+    host: str = LOOPBACK
+    port: int = 0
+    key_file: Path | None = None
 
 
-def cause_of_death(log_text: str, exit_code: int) -> Death:
-    """Read the cause out of a server's log; ``exit_code`` as subprocess gives it, negative for a signal.
+class LlamaServer:
+    """llama-server with ``options``; a context manager.
 
-    The messages are those of llama.cpp's src/llama.cpp, src/llama-model-loader.cpp, ggml/src/ggml-backend.cpp and
-    tools/server/server.cpp.
-    """
-    errors = _error_lines(log_text)
-    if memory := next((line for line in errors if _MEMORY.search(line)), None):
-        return Death(f"memory ran out: {_plain(memory)}", _SMALLER, "memory")
-    if "failed to load model" in log_text:
-        # The first error says what is wrong with the file, the later ones only that it was not loaded.
-        reason = _plain(errors[0]) if errors else "no reason given"
-        return Death(f"the model could not be loaded: {reason}", _model_fix(reason), "model")
-    if "supplied chat template is not supported" in log_text:
-        reason = next((_plain(line) for line in errors if _TEMPLATE.search(line)), "no reason given")
-        return Death(f"the chat template is of no use: {reason}", "correct the template or leave it out", "other")
-    if exit_code == -9:
-        cause = "it was killed (SIGKILL), probably by the system because the machine's memory ran out"
-        return Death(cause, _SMALLER, "killed")
-    if exit_code == -6:
-        last_words = next((line for line in errors if _ABORT.search(line)), errors[-1] if errors else "no reason given")
-        return Death(f"it aborted (SIGABRT): {_plain(last_words)}", "report it with the log", "aborted")
-    telling = [line for line in errors if "exiting due to" not in line]
-    last = f": {_plain(telling[-1])}" if telling else ""
-    return Death(f"it ended with {exit_reason(exit_code)}{last}", "see its log", "other")
-
-
-def _error_lines(log_text: str) -> list[str]:
-    """Lines of level E and, of those without a level, the ones that speak of a fault."""
-    found = []
-    for line in log_text.splitlines():
-        match = _LINE.match(line)
-        if match and match[1] == "E":
-            found.append(match[2].strip())
-        elif not match and re.search(
-            r"error|fail|assert|abort|terminate|what\(\)|bad_alloc|memory", line, re.IGNORECASE
-        ):
-            found.append(line.strip())
-    return found
-
-
-def _plain(line: str) -> str:
-    return _FUNCTION.sub("", line, count=1)[:300]
-
-
-def _model_fix(reason: str) -> str:
-    if "unknown model architecture" in reason:
-        return "the pinned llama.cpp does not know this architecture"
-    return "download or make the file again" if _MALFORMED.search(reason) else "see its log"
-
-
-class Server:
-    """A llama-server for one model and one user, on 127.0.0.1 with a key of its own; a context manager.
-
-    ``n_parallel`` requests are answered at once, each in a slot with ``n_ctx`` tokens of its own; ``n_ctx`` is capped
-    to what the model was trained for. ``n_gpu_layers`` -1 lets llama.cpp fit the model to the devices' free memory.
-    ``chat_template`` is a Jinja file that replaces the model's own; NotFoundError if it is no file. Entering returns
-    once the server answers; raises ServerDiedError if it ends before, DynrunError if it is not ready after
+    It listens as ``listen`` says, asks for an API key, sees nothing of the user's llama.cpp settings, and writes its
+    log to a file. ``name`` says in errors what it was to serve. Entering returns once it answers; raises
+    ServerDiedError if it ends before, CancelledError once ``cancel`` is set, DynrunError if it is not ready after
     ``timeout_s`` seconds.
     """
 
     def __init__(
         self,
-        model: Path,
+        options: Sequence[str | Path],
         *,
-        n_threads: int,
-        n_ctx: int = DEFAULT_N_CTX,
-        n_gpu_layers: int = -1,
-        n_parallel: int = 1,
-        chat_template: Path | None = None,
+        name: str,
+        listen: Listen = Listen(),
+        cancel: Event | None = None,
         timeout_s: float = 900.0,
     ) -> None:
-        self.model, self.n_threads, self.n_gpu_layers, self.timeout_s = model, n_threads, n_gpu_layers, timeout_s
-        self.n_parallel = n_parallel
-        if chat_template is not None and not chat_template.is_file():
-            raise NotFoundError(f"the chat template {chat_template} is no file", fix="check the path")
-        self.chat_template = chat_template
-        header = read_header(model)
-        trained = header.metadata.get(f"{header.architecture}.context_length")
-        self.n_ctx = min(n_ctx, trained) if isinstance(trained, int) and trained > 0 else n_ctx
-        self.api_key = secrets.token_urlsafe(32)
+        self.options, self.name, self.listen = tuple(map(str, options)), name, listen
+        self.timeout_s, self._cancel = timeout_s, cancel
         self.log = new_log("llama-server")
-        self.port = 0
+        self.port = listen.port
+        self.key_file = listen.key_file or cache_dir() / "keys" / f"{os.getpid()}-{secrets.token_hex(8)}"
+        self.api_key = secrets.token_urlsafe(32) if listen.key_file is None else read_key(listen.key_file)
         self._log_start = 0
         self._child: subprocess.Popen[str] | None = None
         self._open = ExitStack()
 
     @property
     def url(self) -> str:
-        return f"http://{_HOST}:{self.port}"
+        """Where this machine reaches it."""
+        return f"http://{reachable(self.listen.host)}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -164,12 +106,15 @@ class Server:
 
     def __enter__(self) -> Self:
         with self._open:
+            if self.listen.key_file is None:
+                self._open.callback(self.key_file.unlink, missing_ok=True)
+                write_key(self.key_file, self.api_key)
             sink = self._open.enter_context(_log_sink(self.log))
             argv = self._argv()
             sink.write(("$ " + " ".join(argv) + "\n").encode())
             sink.flush()
             self._log_start = sink.tell()
-            self._child = self._open.enter_context(spawned(argv, env=self._environment(), stderr=sink))
+            self._child = self._open.enter_context(spawned(argv, env=_environment(), stderr=sink))
             self._wait_until_ready()
             self._open = self._open.pop_all()
         return self
@@ -190,11 +135,8 @@ class Server:
         self._child.wait()
 
     def client(self) -> httpx.Client:
-        """A client with the server's URL and key. No proxy of the environment is asked: the server is this machine."""
-        # Nothing is sent while a long prompt is read, except a ping every half minute (--sse-ping-interval).
-        timeout = httpx.Timeout(10.0, read=600.0)
-        headers = {"Authorization": f"Bearer {self.api_key}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+        """A client with the server's URL and key."""
+        return client(self.url, self.api_key)
 
     def death(self, *, within_s: float = _DYING_S) -> ServerDiedError | None:
         """Why the server died; None if it is still there after ``within_s`` seconds."""
@@ -203,51 +145,41 @@ class Server:
             exit_code = self._child.wait(timeout=within_s)
         except subprocess.TimeoutExpired:
             return None
-        death = cause_of_death(self._log_text(), exit_code)
+        text = self.log_text()
+        return self.died(cause_of_death(text, exit_code), text)
+
+    def died(self, death: Death, text: str) -> ServerDiedError:
+        """``death`` as an error."""
         error = ServerOutOfMemoryError if death.kind in ("memory", "killed") else ServerDiedError
-        return error(f"llama-server with {self.model.name} died: {death.cause}", fix=death.fix, log=self.log)
+        message = f"llama-server with {self.name} died: {death.cause}"
+        return error(message, fix=death.fix, log=self.log, lines=last_lines(text))
+
+    def log_text(self) -> str:
+        """What it has logged since its start."""
+        with self.log.open("rb") as stream:
+            stream.seek(self._log_start)
+            return stream.read().decode("utf-8", "replace")
 
     def _argv(self) -> list[str]:
         # Port 0: the system picks a free one and the server says which, so nobody can be faster.
-        argv = [str(installation().program("llama-server")), "-m", str(self.model), "--host", _HOST, "--port", "0"]
-        # -c is divided among the slots unless they share one cache (-kvu), where one could starve the others
-        # (src/llama-context.cpp); -np given, they do not share (tools/server/server.cpp).
-        argv += ["-c", str(self.n_ctx * self.n_parallel), "-np", str(self.n_parallel), "-t", str(self.n_threads)]
-        if self.chat_template is not None:
-            argv += ["--jinja", "--chat-template-file", str(self.chat_template)]
-        # No user comes back to an earlier conversation: the cache of other prompts (8 GiB by default) has no use.
-        argv += ["--cache-ram", "0", "--no-cache-idle-slots"]
-        argv += ["--cors-origins", "localhost", "--no-cors-credentials", "--no-ui", "--offline", "-lv", "3"]
-        if self.n_gpu_layers >= 0:
-            # A given number of layers and llama.cpp's own fitting must not be mixed (common/fit.cpp).
-            argv += ["-ngl", str(self.n_gpu_layers), "--fit", "off"]
-        return argv
-
-    def _environment(self) -> dict[str, str]:
-        return scrubbed_environment(
-            {
-                "LLAMA_API_KEY": self.api_key,
-                # An abort must not start a debugger on the dying process.
-                "GGML_NO_BACKTRACE": "1",
-                # Away from the user's llama.cpp/config.ini, which sets any option not given above (common/arg.cpp).
-                "XDG_CONFIG_HOME": str(cache_dir() / "no-config"),
-            }
-        )
+        argv = [str(installation().program("llama-server")), *self.options]
+        argv += ["--host", self.listen.host, "--port", str(self.listen.port), "--api-key-file", str(self.key_file)]
+        return [*argv, "--cors-origins", "localhost", "--no-cors-credentials", "--no-ui", "--offline", "-lv", "3"]
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.timeout_s
         while time.monotonic() < deadline:
+            if self._cancel is not None and self._cancel.is_set():
+                raise CancelledError(f"the start of llama-server with {self.name} was cancelled")
             if (died := self.death(within_s=_POLL_S)) is not None:
                 raise died
             # Said only once the model is loaded; before, every request is answered with 503.
-            if listening := _LISTENING.search(self._log_text()):
+            if listening := _LISTENING.search(self.log_text()):
                 self.port = int(listening[1])
                 if self._healthy():
                     return
         raise DynrunError(
-            f"llama-server was not ready with {self.model.name} after {self.timeout_s:.0f} s",
-            fix="see its log",
-            log=self.log,
+            f"llama-server was not ready with {self.name} after {self.timeout_s:.0f} s", fix="see its log", log=self.log
         )
 
     def _healthy(self) -> bool:
@@ -256,10 +188,89 @@ class Server:
         except httpx.TransportError:
             return False
 
-    def _log_text(self) -> str:
-        with self.log.open("rb") as stream:
-            stream.seek(self._log_start)
-            return stream.read().decode("utf-8", "replace")
+
+class Server(LlamaServer):
+    """A llama-server for one model and no particular placement.
+
+    ``n_parallel`` requests are answered at once, each in a slot with ``n_ctx`` tokens of its own; ``n_ctx`` is capped
+    to what the model was trained for. ``n_gpu_layers`` -1 lets llama.cpp fit the model to the devices' free memory.
+    ``chat_template`` is a Jinja file that replaces the model's own; NotFoundError if it is no file.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        n_threads: int,
+        n_ctx: int = DEFAULT_N_CTX,
+        n_gpu_layers: int = -1,
+        n_parallel: int = 1,
+        chat_template: Path | None = None,
+        timeout_s: float = 900.0,
+    ) -> None:
+        header = read_header(model)
+        trained = header.metadata.get(f"{header.architecture}.context_length")
+        self.n_ctx = min(n_ctx, trained) if isinstance(trained, int) and trained > 0 else n_ctx
+        options = ["-m", str(model)]
+        # -c is divided among the slots unless they share one cache (-kvu), where one could starve the others
+        # (src/llama-context.cpp); -np given, they do not share (tools/server/server.cpp).
+        options += ["-c", str(self.n_ctx * n_parallel), "-np", str(n_parallel), "-t", str(n_threads)]
+        # No user comes back to an earlier conversation: the cache of other prompts (8 GiB by default) has no use.
+        options += [*template_options(chat_template), "--cache-ram", "0", "--no-cache-idle-slots"]
+        if n_gpu_layers >= 0:
+            # A given number of layers and llama.cpp's own fitting must not be mixed (common/fit.cpp).
+            options += ["-ngl", str(n_gpu_layers), "--fit", "off"]
+        super().__init__(options, name=model.name, timeout_s=timeout_s)
+
+
+def template_options(chat_template: Path | None) -> list[str]:
+    """Options for a Jinja file in the place of the model's own template. Raises NotFoundError where it is no file."""
+    if chat_template is None:
+        return []
+    if not chat_template.is_file():
+        raise NotFoundError(f"the chat template {chat_template} is no file", fix="check the path")
+    return ["--jinja", "--chat-template-file", str(chat_template)]
+
+
+def client(url: str, api_key: str) -> httpx.Client:
+    """A client for a server at ``url``. No proxy of the environment is asked: the server is this machine."""
+    # Nothing is sent while a long prompt is read, except a ping every half minute (--sse-ping-interval).
+    timeout = httpx.Timeout(10.0, read=600.0)
+    headers = {"Authorization": f"Bearer {api_key}"}
+    return httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
+
+
+def reachable(host: str) -> str:
+    """The address by which this machine reaches a server that listens on ``host``."""
+    if host in ("", "0.0.0.0", "::"):  # noqa: S104
+        return LOOPBACK
+    return f"[{host}]" if ":" in host else host
+
+
+def write_key(path: Path, key: str) -> None:
+    """A key that only this user can read."""
+    with translated_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with suppress(FileNotFoundError):
+            path.unlink()
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+            stream.write(f"{key}\n")
+
+
+def read_key(path: Path) -> str:
+    """The first key of a file of keys. Raises NotFoundError where there is none."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise NotFoundError(f"the key file {path} cannot be read: {error}", fix="check the path") from error
+    if key := next((line for line in lines if line and not line.startswith("#")), ""):
+        return key
+    raise NotFoundError(f"the key file {path} holds no key", fix="write one into it, one a line")
+
+
+def _environment() -> dict[str, str]:
+    # Away from the user's llama.cpp/config.ini, which sets any option that is not given (common/arg.cpp).
+    return scrubbed_environment({"XDG_CONFIG_HOME": str(cache_dir() / "no-config")})
 
 
 def _log_sink(log: Path) -> IO[bytes]:

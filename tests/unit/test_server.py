@@ -7,12 +7,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 
 from dynrun.errors import DynrunError, NotFoundError
 from dynrun.llamacpp.build import RECORD, installation
-from dynrun.llamacpp.server import Server, ServerDiedError, ServerOutOfMemoryError, cause_of_death
+from dynrun.llamacpp.server import CancelledError, Listen, LlamaServer, Server, ServerDiedError, ServerOutOfMemoryError
+from dynrun.llamacpp.server_log import cause_of_death
 from tests.tiny import write_tiny_llama
 
 START = """\
@@ -138,6 +140,8 @@ def test_a_server_that_dies_at_start_says_why(
     assert caught.value.exit_code == exit_code
     assert caught.value.log is not None
     assert "tiny.gguf" in caught.value.log.read_text()
+    last = caught.value.last_lines
+    assert last == () or words in last[-1] or "nonsense" in last[-1]
 
 
 def test_a_server_that_never_gets_ready_is_ended(llama_server: FakeServer, model: Path, tmp_path: Path) -> None:
@@ -149,22 +153,55 @@ def test_a_server_that_never_gets_ready_is_ended(llama_server: FakeServer, model
         os.kill(pid, 0)
 
 
-def test_the_key_is_in_the_environment_and_not_in_the_arguments(
+def test_the_key_is_in_a_private_file_and_not_in_the_arguments(
     llama_server: FakeServer, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "7")
     monkeypatch.setenv("HF_TOKEN", "secret")
-    llama_server(f'env > {tmp_path}/env; echo "$@" > {tmp_path}/argv; exit 1')
+    copy = f'while [ "$1" != --api-key-file ]; do shift; done; cp -p "$2" {tmp_path}/key'
+    llama_server(f'env > {tmp_path}/env; echo "$@" > {tmp_path}/argv; {copy}; exit 1')
     server = Server(model, n_threads=1, n_ctx=4096)
     with pytest.raises(ServerDiedError), server:
         pass
     environment, argv = (tmp_path / "env").read_text(), (tmp_path / "argv").read_text()
-    assert f"LLAMA_API_KEY={server.api_key}\n" in environment
+    assert (tmp_path / "key").read_text() == f"{server.api_key}\n"
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    assert not server.key_file.exists(), "it is removed with the server"
     assert "LLAMA_ARG" not in environment
     assert "secret" not in environment
-    assert server.api_key not in argv + server.log.read_text()
+    assert server.api_key not in argv + environment + server.log.read_text()
     assert "--host 127.0.0.1 " in argv
     assert "-c 512 " in argv, "the context is capped to what the model was trained for"
+
+
+def test_a_key_file_of_the_user_is_used_and_kept(llama_server: FakeServer, tmp_path: Path) -> None:
+    llama_server("exit 1")
+    keys = tmp_path / "keys"
+    keys.write_text("# of the team\n\nopen sesame\nanother\n")
+    server = LlamaServer([], name="x", listen=Listen("0.0.0.0", 4711, keys))  # noqa: S104
+    assert (server.api_key, server.url) == ("open sesame", "http://127.0.0.1:4711")
+    with pytest.raises(ServerDiedError), server:
+        pass
+    assert keys.read_text().startswith("# of the team")
+
+
+@pytest.mark.parametrize("text", [None, "", "# nothing\n"])
+def test_a_key_file_without_a_key_is_refused(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "keys").write_text(text)
+    with pytest.raises(NotFoundError, match="key"):
+        LlamaServer([], name="x", listen=Listen(key_file=tmp_path / "keys"))
+
+
+def test_a_start_that_is_cancelled_ends_the_server(llama_server: FakeServer, tmp_path: Path) -> None:
+    llama_server(f"echo $$ > {tmp_path}/pid; exec sleep 60")
+    cancel = Event()
+    Timer(0.3, cancel.set).start()
+    with pytest.raises(CancelledError) as caught, LlamaServer([], name="x", cancel=cancel):
+        pass
+    assert caught.value.exit_code == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_each_of_several_slots_gets_the_context_asked_for(
