@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dynrun.artifacts import sha256_bytes, translated_os_errors
+from dynrun.artifacts import sha256_bytes
 from dynrun.calibration.dataset import Source
 from dynrun.calibration.files import LIMIT_CHARS, read_files
-from dynrun.errors import DynrunError, NetworkError, NotFoundError, UsageError
-
-if TYPE_CHECKING:
-    from huggingface_hub.errors import HfHubHTTPError
+from dynrun.errors import NotFoundError, UsageError
+from dynrun.hub.errors import DATA_SET, errors_for_people
 
 PREFIX = "hf:"
 DEFAULT_SPLIT = "train"
@@ -76,7 +73,7 @@ def open_hub(spec: str, *, limit_chars: int = LIMIT_CHARS, limit_bytes: int = LI
     NotFoundError (no such data set, configuration or split, or it is gated), and what reading files raises.
     """
     name = parse_hub_name(spec)
-    with _errors_for_people(name.repository):
+    with errors_for_people(name.repository, DATA_SET):
         snapshot = _snapshot(name.repository)
         chosen = _within(limit_bytes, _data_files(name, snapshot), snapshot)
         paths = [_download(name.repository, file, snapshot.commit) for file in chosen]
@@ -239,50 +236,3 @@ def _split_of_name(file: str) -> str:
             if any(word in synonyms for word in words):
                 return split
     return ""
-
-
-@contextmanager
-def _errors_for_people(repository: str) -> Iterator[None]:
-    """The library's errors as ours: what is missing or closed 4, the rest of the network 3."""
-    from huggingface_hub import constants, errors
-
-    try:
-        with translated_os_errors(Path(constants.HF_HUB_CACHE)):
-            yield
-    except errors.HFValidationError as error:
-        raise UsageError(f"{repository!r} names no data set", fix="write hf:owner/name") from error
-    except errors.HfHubHTTPError as error:
-        raise _refusal(repository, error) from error
-    except _network_errors() as error:
-        raise NetworkError(
-            f"the data set {repository} could not be fetched: {_reason(error)}",
-            fix="check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and try again",
-        ) from error
-
-
-def _refusal(repository: str, error: HfHubHTTPError) -> DynrunError:
-    """What a status of the server means."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        message, fix = f"the data set {repository} is gated", "ask for access on its page, then set HF_TOKEN"
-        return NotFoundError(message, fix=fix)
-    # The library knows 401 as this on the Hub itself, and not on a mirror of it.
-    if isinstance(error, errors.RepositoryNotFoundError) or error.response.status_code in (401, 403, 404):
-        message = f"there is no data set {repository} on the Hub, or it is private"
-        return NotFoundError(message, fix="check the name; for a private one set HF_TOKEN")
-    return NetworkError(f"the data set {repository} could not be fetched: {_reason(error)}", fix="try again later")
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    from huggingface_hub import errors
-
-    # The first base is HTTPError of whichever HTTP client the library has; OSError and ConnectionError are there too.
-    return (*errors.HfHubHTTPError.__bases__, json.JSONDecodeError)
-
-
-def _reason(error: BaseException) -> str:
-    """The first cause in one line: the library wraps it in advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:160] or type(error).__name__
