@@ -28,8 +28,8 @@ CHECKS = (
     ("-m", "mypy"),
     # It has no module that runs as a program.
     ("-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"),
-    # Without the default choice of markers: everything.
-    ("-m", "pytest", "-m", ""),
+    # Without the default choice of markers: everything; some workers, as much of it waits for child processes.
+    ("-m", "pytest", "-m", "", "-n", str(min(available_cores(), 4)), "--dist", "worksteal"),
 )
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dynrun.config import available_cores
+
 # As it was before any test changed it: where the user's own models lie.
 _USER_CACHE = os.environ.get("DYNRUN_CACHE")
 _SCRUBBED = ("DYNRUN_THREADS", "DYNRUN_N_GPU_LAYERS", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -19,9 +21,13 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     """A cache of the test's own, and no configuration; the compiled llama.cpp is found through sys.prefix anyway."""
     home = tmp_path_factory.mktemp("dynrun")
     monkeypatch.setenv("DYNRUN_CACHE", str(home / "cache"))
+    monkeypatch.setenv("DYNRUN_DATA", str(home / "data"))
     monkeypatch.setenv("DYNRUN_CONFIG", str(home / "config.toml"))
     for name in _SCRUBBED:
         monkeypatch.delenv(name, raising=False)
+    # ggml's threads spin while they wait: more of them than cores slow each other down tenfold.
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        monkeypatch.setenv("DYNRUN_THREADS", str(max(1, available_cores() // workers)))
     return home / "cache"
 
 

@@ -12,6 +12,12 @@ from dynrun.errors import UsageError
 from dynrun.paths import builds_dir, cache_dir
 
 
+@pytest.fixture(autouse=True)
+def no_threads_of_a_worker(private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/conftest.py sets them for the workers of pytest-xdist."""
+    monkeypatch.delenv("DYNRUN_THREADS", raising=False)
+
+
 def write(text: str) -> None:
     Path(os.environ["DYNRUN_CONFIG"]).write_text(text)
 
