@@ -26,7 +26,7 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     for name in _SCRUBBED:
         monkeypatch.delenv(name, raising=False)
     # ggml's threads spin while they wait: more of them than cores slow each other down tenfold.
-    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
         monkeypatch.setenv("DYNRUN_THREADS", str(max(1, available_cores() // workers)))
     return home / "cache"
 

@@ -164,8 +164,7 @@ def rendered_by_both(server: Server) -> list[tuple[str, str, str | None]]:
         today = datetime.now().astimezone()
         with server.client() as client, ChatTemplate(source, "<|im_start|>", "<|im_end|>", today=today) as template:
             found = [
-                (one.id, template.render(one, add_generation_prompt=True), theirs(client, one))
-                for one in CONVERSATIONS
+                (one.id, template.render(one, add_generation_prompt=True), theirs(client, one)) for one in CONVERSATIONS
             ]
         if datetime.now().astimezone().date() == today.date():
             return found
