@@ -6,6 +6,7 @@ import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dynrun.errors import UsageError
 from dynrun.paths import config_file
@@ -50,15 +51,27 @@ def load_config() -> Config:
     return Config(**values)
 
 
-def _from_file(path: Path) -> dict[str, int]:
+def load_tui_table() -> dict[str, Any]:
+    """The table ``[tui]`` of ``config.toml``, as it stands there; the app checks it. Raises UsageError for bad TOML."""
+    table = _read(config_file()).get("tui", {})
+    if not isinstance(table, dict):
+        raise UsageError(f"{config_file()}: tui is no table", fix="write it as [tui]")
+    return table
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}", fix="correct or remove it") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", fix="check its permissions") from error
+
+
+def _from_file(path: Path) -> dict[str, int]:
+    data = {key: value for key, value in _read(path).items() if key != "tui"}
     for key, value in data.items():
         # A TOML boolean is an int to Python.
         if key not in _LEAST or type(value) is not int:

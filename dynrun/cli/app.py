@@ -14,17 +14,31 @@ import typer
 from typer.exceptions import TyperException
 
 from dynrun import __version__
-from dynrun.cli import allocate, demo, doctor, eval_kld, imatrix, ls, make, quantize, run, scheme, sensitivity, show
+from dynrun.cli import (
+    allocate,
+    demo,
+    doctor,
+    eval_kld,
+    imatrix,
+    ls,
+    make,
+    quantize,
+    run,
+    scheme,
+    sensitivity,
+    show,
+    tui,
+)
 from dynrun.errors import INTERRUPTED_EXIT_CODE, DynrunError, UsageError
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(make.make, run.run, ls.ls, show.show, doctor.doctor, demo.demo),
     *(imatrix.imatrix, sensitivity.sensitivity, allocate.allocate, quantize.quantize),
+    tui.tui,
 )
 
 app = typer.Typer(
     name="dynrun",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -52,13 +66,19 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Make, prove and run the best GGUF quantization of a model for a given size."""
+    """Make, prove and run the best GGUF quantization of a model for a given size; without a command, the app."""
+    if context.invoked_subcommand is None:
+        if tui.on_terminal():
+            tui.tui()
+        print(context.get_help())
+        raise typer.Exit(UsageError.exit_code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

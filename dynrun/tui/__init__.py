@@ -1,0 +1,1 @@
+"""The Textual app: screens over the same objects as the commands. Nothing outside imports Textual."""

@@ -1,0 +1,1 @@
+"""One widget a file; widgets show, they start no work."""
