@@ -81,6 +81,16 @@ class Vocabulary:
         """Tokens that end a generation."""
         return frozenset(t for t in range(self.n_vocab) if self._llama.llama_vocab_is_eog(self._vocab, t))
 
+    @property
+    def normal_tokens(self) -> list[int]:
+        """Tokens that are text: no special, unused or byte ones."""
+        lib = self._llama
+        return [
+            token
+            for token in range(self.n_vocab)
+            if lib.llama_vocab_get_attr(self._vocab, token) & lib.LLAMA_TOKEN_ATTR_NORMAL
+        ]
+
 
 def load_model(
     path: Path, *, n_gpu_layers: int = -1, vocab_only: bool = False, load_mtp: bool = False, device: str = ""
