@@ -79,20 +79,23 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_lines(path: Path, parse: Callable[[Any], Item]) -> list[Item]:
+def read_lines(path: Path, parse: Callable[[Any], Item], *, mend: bool = True) -> list[Item]:
     """What ``parse`` makes of each line of JSON that :func:`append_line` wrote; none where there is no file.
 
-    A line torn by a kill, or one that ``parse`` refuses (ValueError, TypeError), is dropped, from the file too.
+    A line torn by a kill, or one that ``parse`` refuses (ValueError, TypeError), is dropped, from the file too if it
+    is to ``mend``: not while others may write to it.
     """
     found, whole = [], []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             found.append(parse(json.loads(line)))
         except (ValueError, TypeError):
             continue
         whole.append(line)
-    if path.is_file():
-        path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+    mended = "".join(f"{line}\n" for line in whole)
+    if mend and mended != text:
+        path.write_text(mended, encoding="utf-8")
     return found
 
 

@@ -1,6 +1,6 @@
 """Where dynrun keeps its files. Standard library only: build.py imports this.
 
-``DYNRUN_CACHE`` overrides the cache folder; otherwise the platform's own convention is followed.
+``DYNRUN_CACHE`` and ``DYNRUN_DATA`` override the folders; otherwise the platform's own conventions are followed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,22 @@ def config_file() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("APPDATA") or Path.home()) / "dynrun" / "config.toml"
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dynrun" / "config.toml"
+
+
+def data_dir() -> Path:
+    """What the user made and would miss, unlike the cache (not created); ``DYNRUN_DATA`` overrides it."""
+    if override := os.environ.get("DYNRUN_DATA"):
+        return Path(override).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "dynrun"
+    if sys.platform == "win32":
+        return Path(os.environ.get("APPDATA") or Path.home()) / "dynrun"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "dynrun"
+
+
+def chats_dir() -> Path:
+    """Conversations, a file each."""
+    return data_dir() / "chats"
 
 
 def builds_dir() -> Path:
