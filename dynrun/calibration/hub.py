@@ -72,13 +72,20 @@ def open_hub(spec: str, *, limit_chars: int = LIMIT_CHARS, limit_bytes: int = LI
     Of more than ``limit_bytes`` a pseudo-random choice of whole files is taken, always the same. Raises NetworkError,
     NotFoundError (no such data set, configuration or split, or it is gated), and what reading files raises.
     """
-    name = parse_hub_name(spec)
+    paths, sha256 = hub_files(parse_hub_name(spec), limit_bytes=limit_bytes)
+    return read_files(paths, name=spec, sha256=sha256, limit_chars=limit_chars)
+
+
+def hub_files(name: HubName, *, limit_bytes: int = LIMIT_BYTES) -> tuple[list[Path], str]:
+    """The data files of ``name`` in the shared cache, and the hash of commit and names that pins them.
+
+    Raises what :func:`open_hub` raises.
+    """
     with errors_for_people(name.repository, DATA_SET):
         snapshot = _snapshot(name.repository)
         chosen = _within(limit_bytes, _data_files(name, snapshot), snapshot)
         paths = [_download(name.repository, file, snapshot.commit) for file in chosen]
-    pinned = json.dumps([name.repository, snapshot.commit, chosen])
-    return read_files(paths, name=spec, sha256=sha256_bytes(pinned.encode()), limit_chars=limit_chars)
+    return paths, sha256_bytes(json.dumps([name.repository, snapshot.commit, chosen]).encode())
 
 
 def _snapshot(repository: str) -> _Snapshot:
