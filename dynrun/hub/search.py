@@ -23,9 +23,14 @@ def search(words: str, *, limit: int = 40) -> list[Hit]:
     """Repositories that the Hub's search finds for ``words``. Raises NetworkError, NotFoundError."""
     from huggingface_hub import HfApi
 
-    fields = ["downloads", "likes", "gated", "lastModified"]
     with errors_for_people(words):
-        found = HfApi().list_models(search=words, filter="gguf", sort="downloads", limit=limit, expand=fields)
+        found = HfApi().list_models(
+            search=words,
+            filter="gguf",
+            sort="downloads",
+            limit=limit,
+            expand=["downloads", "likes", "gated", "lastModified"],
+        )
         return [
             Hit(model.id, model.downloads or 0, model.likes or 0, bool(model.gated), model.last_modified)
             for model in found
