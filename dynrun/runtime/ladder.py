@@ -1,0 +1,106 @@
+"""From a placement to a server that answers: where memory runs out, a smaller placement is tried, until one works.
+
+Takes what is to run and a :class:`Planner`, gives events and the server. What to try next is the planner's affair
+(retreat.py), why the last one failed is read in llamacpp/server_log.py; this is the loop between them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event as Flag
+
+from dynrun.errors import DynrunError
+from dynrun.llamacpp.server import Listen, LlamaServer, ServerOutOfMemoryError, template_options
+from dynrun.runtime.events import Event, Ready, Retreated, Starting
+from dynrun.runtime.placement import Placement
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run: ``model`` on ``n_threads``; a Jinja file instead of its template; RPC servers ``host:port``."""
+
+    model: Path
+    n_threads: int
+    chat_template: Path | None = None
+    rpc: tuple[str, ...] = ()
+    listen: Listen = field(default_factory=Listen)
+
+    def options(self, placement: Placement) -> tuple[str, ...]:
+        """llama-server's options. Raises NotFoundError where the template is no file."""
+        rpc = ("--rpc", ",".join(self.rpc)) if self.rpc else ()
+        placed = (*placement.argv, "-t", str(self.n_threads), "--no-cache-idle-slots")
+        return ("-m", str(self.model), *rpc, *placed, *template_options(self.chat_template))
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Where a model goes. ``first`` gives a placement, and whether it is a remembered one; ``retreat`` the next
+    smaller one after an error, or None; ``remember`` keeps one that worked where a larger one did not."""
+
+    first: Callable[[], tuple[Placement, bool]]
+    retreat: Callable[[Placement, ServerOutOfMemoryError], Placement | None]
+    remember: Callable[[Placement], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server and where its model lies."""
+
+    server: LlamaServer
+    placement: Placement
+
+
+def start(job: Job, planner: Planner, cancel: Flag | None = None) -> Generator[Event, None, Running]:
+    """Start the first placement, or the largest smaller one that memory allows.
+
+    Raises ServerOutOfMemoryError where none is left, ServerDiedError for any other death, CancelledError.
+    """
+    placement, remembered = planner.first()
+    yield Starting(placement, remembered)
+    return (yield from _started(job, planner, placement, False, cancel))
+
+
+def retreat(
+    job: Job, planner: Planner, failed: Placement, error: ServerOutOfMemoryError, cancel: Flag | None = None
+) -> Generator[Event, None, Running]:
+    """Start again after ``failed`` ended with ``error``; raises it where nothing smaller is left."""
+    smaller = _smaller(planner, failed, error)
+    yield Retreated(error.message, smaller)
+    return (yield from _started(job, planner, smaller, True, cancel))
+
+
+def _started(
+    job: Job, planner: Planner, placement: Placement, retreated: bool, cancel: Flag | None
+) -> Generator[Event, None, Running]:
+    while True:
+        began = time.monotonic()
+        server = LlamaServer(job.options(placement), name=job.model.name, listen=job.listen, cancel=cancel)
+        try:
+            server.__enter__()
+            break
+        except ServerOutOfMemoryError as error:
+            placement, retreated = _smaller(planner, placement, error), True
+            cause = error.message
+        yield Retreated(cause, placement)
+    try:
+        if retreated:
+            # A full disk must not keep a model from running.
+            with suppress(DynrunError, OSError):
+                planner.remember(placement)
+        yield Ready(server.url, placement.choice.n_ctx, time.monotonic() - began)
+    except BaseException:
+        # The caller went away between the start and the answer.
+        server.stop()
+        raise
+    return Running(server, placement)
+
+
+def _smaller(planner: Planner, failed: Placement, error: ServerOutOfMemoryError) -> Placement:
+    smaller = planner.retreat(failed, error)
+    if smaller is None:
+        raise error
+    return smaller
