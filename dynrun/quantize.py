@@ -118,13 +118,23 @@ def make_stock(
 
     def work(folder: StageFolder) -> Mapping[str, Any]:
         link_or_copy(imatrix.path, folder / IMATRIX_FILE)
-        _run(reference.path, folder, preset.ftype, imatrix, n_threads, on_tensor)
+        _run(reference.path, folder.path, preset.ftype, imatrix, n_threads, on_tensor)
         _prove(folder / MODEL_FILE, reference.header, preset.types, preset.size_bytes)
         return {"sha256": sha256_file(folder / MODEL_FILE)}
 
-    folder = stage_folder("stock", {**_common_inputs(reference, imatrix), "ftype": preset.ftype})
+    folder = _stock_folder(reference, preset.ftype, imatrix)
     outcome = run_stage(folder, work)
     return Quantized(folder / MODEL_FILE, preset.size_bytes, preset.types, outcome)
+
+
+def _stock_folder(reference: Reference, ftype: str, imatrix: ImatrixStage) -> StageFolder:
+    return stage_folder("stock", {**_common_inputs(reference, imatrix), "ftype": ftype})
+
+
+def known_stock(reference: Reference, imatrix: ImatrixStage) -> dict[str, Path]:
+    """The stock presets' files that have been made with this imatrix, by ftype."""
+    folders = {ftype: _stock_folder(reference, ftype, imatrix) for ftype in STOCK_PRESETS}
+    return {ftype: folder / MODEL_FILE for ftype, folder in folders.items() if folder.complete}
 
 
 def make_from_scheme(
@@ -148,25 +158,36 @@ def make_from_scheme(
     size = scheme_bytes(reference, scheme, imatrix)
     if split_max_size is not None and size > split_max_size:
         _check_shards(reference, scheme, imatrix, split_max_size)
-
-    def work(folder: StageFolder) -> Mapping[str, Any]:
-        link_or_copy(imatrix.path, folder / IMATRIX_FILE)
-        (folder / _SCHEME_FILE).write_text(render(scheme), encoding="utf-8")
-        tools.write_tensor_types(scheme.types, folder / _TYPES_FILE)
-        strings = scheme_metadata(sha256(scheme), imatrix.sha256, scheme.label, scheme.feedback)
-        ftype, source = nearest_ftype(scheme.label), reference.path
-        if feedback and scheme.feedback:
-            source = folder / _ROUNDED_FILE
-            plain = tensors_of(scheme.types, scheme.feedback_except.split())
-            write_rounded(reference.header, scheme.types, plain, feedback, source, on_tensor)
-        _run(source, folder, ftype, imatrix, n_threads, on_tensor, types=_TYPES_FILE, strings=strings)
-        (folder / _ROUNDED_FILE).unlink(missing_ok=True)
-        _prove(folder / MODEL_FILE, reference.header, scheme.types, size)
-        return {"sha256": sha256_file(folder / MODEL_FILE)}
-
+    inputs = (reference, scheme, imatrix, feedback, n_threads, on_tensor)
     folder = scheme_folder(reference, scheme, imatrix)
-    outcome = run_stage(folder, work)
+    outcome = run_stage(folder, lambda folder: {"sha256": sha256_file(write_from_scheme(folder.path, *inputs))})
     return Quantized(folder / MODEL_FILE, size, scheme.types, outcome)
+
+
+def write_from_scheme(
+    folder: Path,
+    reference: Reference,
+    scheme: Scheme,
+    imatrix: ImatrixStage,
+    feedback: Feedback | None,
+    n_threads: int,
+    on_tensor: OnTensor,
+) -> Path:
+    """The file that a checked ``scheme`` describes, written into ``folder``, which must exist, whatever is there."""
+    size = scheme_bytes(reference, scheme, imatrix)
+    link_or_copy(imatrix.path, folder / IMATRIX_FILE)
+    (folder / _SCHEME_FILE).write_text(render(scheme), encoding="utf-8")
+    tools.write_tensor_types(scheme.types, folder / _TYPES_FILE)
+    strings = scheme_metadata(sha256(scheme), imatrix.sha256, scheme.label, scheme.feedback)
+    ftype, source = nearest_ftype(scheme.label), reference.path
+    if feedback and scheme.feedback:
+        source = folder / _ROUNDED_FILE
+        plain = tensors_of(scheme.types, scheme.feedback_except.split())
+        write_rounded(reference.header, scheme.types, plain, feedback, source, on_tensor)
+    _run(source, folder, ftype, imatrix, n_threads, on_tensor, types=_TYPES_FILE, strings=strings)
+    (folder / _ROUNDED_FILE).unlink(missing_ok=True)
+    _prove(folder / MODEL_FILE, reference.header, scheme.types, size)
+    return folder / MODEL_FILE
 
 
 def _check_shards(reference: Reference, scheme: Scheme, imatrix: ImatrixStage, max_bytes: int) -> None:
@@ -231,7 +252,7 @@ def _common_inputs(reference: Reference, imatrix: ImatrixStage) -> dict[str, Any
 
 def _run(
     source: Path,
-    folder: StageFolder,
+    folder: Path,
     ftype: str,
     imatrix: ImatrixStage,
     n_threads: int,
@@ -245,7 +266,7 @@ def _run(
         source,
         partial,
         ftype,
-        folder=folder.path,
+        folder=folder,
         n_threads=n_threads,
         imatrix=imatrix.path.name,
         tensor_type_file=types,

@@ -28,12 +28,15 @@ from dynrun.cli import (
     sensitivity,
     show,
     tui,
+    verify,
 )
+from dynrun.cli.command_line import ARGUMENTS
 from dynrun.errors import INTERRUPTED_EXIT_CODE, DynrunError, UsageError
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(make.make, run.run, ls.ls, show.show, doctor.doctor, demo.demo),
     *(imatrix.imatrix, sensitivity.sensitivity, allocate.allocate, quantize.quantize),
+    verify.verify,
     tui.tui,
 )
 
@@ -84,6 +87,7 @@ def options(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; every error ends in one line on stderr and its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    ARGUMENTS.set(tuple(arguments))
     try:
         result: Any = typer.main.get_command(app).main(arguments, prog_name="dynrun", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -14,7 +14,7 @@ Rows = npt.NDArray[np.float32]
 
 
 class WeightFile:
-    """The weights of one GGUF of full precision (F32, F16 or BF16)."""
+    """The weights of one GGUF; as float32 those of full precision (F32, F16 or BF16)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,10 +30,18 @@ class WeightFile:
 
         Raises UsageError for a tensor that is already quantized.
         """
+        return _as_float32(self.path, self.header.tensors[name], self._raw(name))[index]
+
+    def row_bytes(self, name: str, begin: int, n: int) -> npt.NDArray[np.uint8]:
+        """The bytes of ``n`` rows of a tensor of any type, from row ``begin`` on; a copy."""
+        raw = self._raw(name)
+        size = raw.size // self.n_rows(name)
+        return np.array(raw[begin * size : (begin + n) * size])
+
+    def _raw(self, name: str) -> npt.NDArray[np.uint8]:
         tensor = self.header.tensors[name]
         start = self.header.data_offset + tensor.offset
-        raw = self._bytes[start : start + tensor.nbytes]
-        return _as_float32(self.path, tensor, raw)[index]
+        return self._bytes[start : start + tensor.nbytes]
 
 
 def _as_float32(path: Path, tensor: TensorInfo, raw: npt.NDArray[np.uint8]) -> _Lazy:
