@@ -59,11 +59,12 @@ def command(tmp_path: Path) -> tuple[str, ...]:
 
 
 def pool(
-    command: tuple[str, ...], *devices: str, lost: list[DynrunError] | None = None, reference: Path = Path("m")
+    command: tuple[str, ...], *devices: str, lost: list[DynrunError] | None = None, reference: Path | None = None
 ) -> ProbePool:
     told = [] if lost is None else lost
     return ProbePool(
-        reference,
+        # A stuck child writes into it.
+        reference or Path(command[-1]).with_name("m"),
         Path("i"),
         SEQUENCES,
         n_ctx=8,
