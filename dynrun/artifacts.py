@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -169,7 +170,8 @@ def file_lock(path: Path, *, waiting: str = "") -> Iterator[None]:
         announced = False
         while not _try_lock(path, stream.fileno()):
             if waiting and not announced:
-                print(waiting, flush=True)
+                # Narration, like all of it: stdout is for what a command gives.
+                print(waiting, file=sys.stderr, flush=True)
                 announced = True
             time.sleep(0.2)
         yield

@@ -103,7 +103,7 @@ class TestFileLock:
             started = time.monotonic()
             with file_lock(tmp_path / "lock", waiting="waiting for the other"):
                 assert time.monotonic() - started > 0.3
-        assert capsys.readouterr().out == "waiting for the other\n"
+        assert capsys.readouterr().err == "waiting for the other\n"
 
     def test_is_free_at_once_when_its_holder_is_killed(self, tmp_path: Path) -> None:
         with subprocess.Popen(

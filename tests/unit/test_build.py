@@ -96,7 +96,7 @@ class Project:
         return subprocess.Popen(
             [sys.executable, "-c", COMPILE, self.source, TOOLS],
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
             text=True,
         )
 
