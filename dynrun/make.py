@@ -21,7 +21,9 @@ from dynrun.evaluation.kld import Row, evaluate, is_measured
 from dynrun.llamacpp.build import installation
 from dynrun.metrics.intervals import Ratio
 from dynrun.models import Reference, made_path, open_reference
-from dynrun.quantize import Preset, Quantized, make_from_scheme, make_stock, nearest_ftype, split
+from dynrun.quantize import Preset, Quantized, known_stock, make_from_scheme, make_stock, nearest_ftype, split
+from dynrun.report.folder import Written, write_report
+from dynrun.report.made import MadeFile, made_report
 from dynrun.rounding.store import Feedback, feedback_folder
 from dynrun.scheme import Scheme, write_scheme
 from dynrun.sensitivity.stage import sensitivity_folder
@@ -42,8 +44,8 @@ from dynrun.target import XL_LABELS, Target, budget_for, check_budget
 
 @dataclass(frozen=True)
 class Made:
-    """All that `make` ends with. ``files``: one, or its shards; ``stages`` in order, each with its time and whether it
-    was there already."""
+    """All that `make` ends with. ``files``: one, or its shards; ``report``: in a folder beside them; ``stages`` in
+    order, each with its time and whether it was there already."""
 
     files: tuple[Path, ...]
     scheme_path: Path
@@ -52,6 +54,7 @@ class Made:
     chosen: Chosen
     row: Row
     baseline_row: Row
+    report: Written
     stages: tuple[Outcome, ...]
     elapsed_s: float
 
@@ -90,10 +93,12 @@ def make(
     *,
     scheme: Scheme | None = None,
     split_max_size: int | None = None,
+    commands: Sequence[str] = (),
 ) -> Made:
     """Make the best file of the wanted size, and prove it; or of a known ``scheme`` (:func:`choose_scheme`).
 
     With ``split_max_size`` the proof is of the single file; shards of so many bytes are written, the budget's in all.
+    ``commands`` of the report: to make it again.
     """
     started = time.monotonic()
     reference = open_reference(model)
@@ -109,17 +114,28 @@ def make(
     files = _publish(ours.path, file, split_max_size, reporter)
     scheme_path = file.with_suffix(".scheme.toml")
     write_scheme(chosen.scheme, scheme_path)
+    made = MadeFile(reference, collected.imatrix, chosen.scheme, row, files, scheme_path)
+    report = _report(made, chosen.preset.ftype, baseline_row, texts, reporter, commands)
     return Made(
-        files=files,
-        scheme_path=scheme_path,
-        reference=reference,
-        imatrix=collected.imatrix,
-        chosen=chosen,
-        row=row,
-        baseline_row=baseline_row,
+        *(files, scheme_path, reference, collected.imatrix, chosen, row, baseline_row, report),
         stages=(*collected.outcomes, *chosen.outcomes, ours.outcome, stock.outcome, evaluated),
         elapsed_s=time.monotonic() - started,
     )
+
+
+def _report(
+    made: MadeFile, ftype: str, baseline_row: Row, texts: Texts, reporter: Reporter, commands: Sequence[str]
+) -> Written:
+    """Beside the file; with the stock presets that earlier runs made and measured on this text as points of a curve."""
+    reporter.stage("report", "tables, plots, model card")
+    reference = made.reference.path
+    known = known_stock(made.reference, made.imatrix).items()
+    found = {ftype: path for ftype, path in known if is_measured(reference, path, texts.test)}
+    rows = evaluate(reference, list(found.values()), texts.test, n_threads=1)
+    presets = {**dict(zip(found, rows, strict=True)), ftype: baseline_row}
+    # Beside the scheme, whose name is the file's: of shards too.
+    folder = made.scheme_path.with_name(made.scheme_path.name.removesuffix(".scheme.toml") + ".report")
+    return write_report(made_report(made, presets, commands), folder)
 
 
 def _publish(made: Path, file: Path, split_max_size: int | None, reporter: Reporter) -> tuple[Path, ...]:

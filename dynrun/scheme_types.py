@@ -23,6 +23,13 @@ _LAYER = "(0|[1-9][0-9]{0,3})"
 _BLOCK = re.compile(rf"blk\.{_LAYER}\.(.+)", re.DOTALL)
 _KIND = re.compile(r"blk\.\*\.(.+)", re.DOTALL)
 _RANGE = re.compile(rf"{_LAYER}(?:-{_LAYER})?")
+# The order in which a block computes; what is not here comes after, by name.
+_KINDS = (
+    *("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b"),
+    *("attn_v_b", "attn_gate", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
+    *("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", "ffn_down_exps"),
+    *("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"),
+)
 # The type of every tensor that nothing else names. No tensor has this name: those of weights end with ``weight``.
 DEFAULT = "default"
 Slopes = Mapping[str, tuple[tuple[float, float], ...]]
@@ -41,6 +48,12 @@ def block_of(name: str) -> tuple[int | None, str]:
     """Layer and kind of a tensor: ``(3, "attn_q.weight")``; outside of the blocks ``(None, name)``."""
     match = _BLOCK.fullmatch(name)
     return (int(match[1]), match[2]) if match else (None, name)
+
+
+def kind_order(kind: str) -> tuple[int, str]:
+    """Sorts kinds of a block's tensors, with ``.weight`` or without, as the block computes; unknown ones last."""
+    name = kind.removesuffix(".weight")
+    return (_KINDS.index(name) if name in _KINDS else len(_KINDS)), kind
 
 
 def coarseness(type_name: str) -> tuple[float, str]:

@@ -10,6 +10,7 @@ import typer
 
 from dynrun.cli import options
 from dynrun.cli.allocate import SchemePath, candidates_json, scheme_for, wanted
+from dynrun.cli.command_line import command_line
 from dynrun.cli.output import StageReporter, candidates_table, emit, megabytes, say
 from dynrun.cli.quantize import SplitMaxSize
 
@@ -84,7 +85,10 @@ def run_make(
     reporter = StageReporter()
     say(f"log: {reporter.path}")
     made = make_model(
-        *(model, target, settings, reporter, reporter.log, out), scheme=scheme, split_max_size=split_max_size
+        *(model, target, settings, reporter, reporter.log, out),
+        scheme=scheme,
+        split_max_size=split_max_size,
+        commands=command_line(),
     )
     for note in notes(made.imatrix):
         say(note)
@@ -138,6 +142,8 @@ def to_json(made: Made) -> dict[str, Any]:
         "file": str(made.file),
         "files": list(map(str, made.files)),
         "scheme": str(made.scheme_path),
+        "report": str(made.report.page),
+        "card": str(made.report.card),
         "reference": str(made.reference.path),
         "imatrix": str(made.imatrix.path),
         "size_bytes": made.size_bytes,
@@ -220,6 +226,7 @@ def show(made: Made) -> None:
     for path in made.files:
         print(f"file    {path}")
     print(f"scheme  {made.scheme_path}")
+    print(f"report  {made.report.page}")
 
 
 def _show_candidates(made: Made) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from dynrun.cli import options
 from dynrun.cli.output import emit, megabytes, say
+from dynrun.report.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,13 +29,6 @@ Model = Annotated[
         "--model", metavar="MODEL", help="A GGUF of the model, or its name: gives shapes, and checks a scheme's names."
     ),
 ]
-# The order in which a block computes; what is not here comes after, by name.
-_KINDS = (
-    *("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b"),
-    *("attn_v_b", "attn_gate", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
-    *("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", "ffn_down_exps"),
-    *("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"),
-)
 _MAX_KIND = 28
 # Between these bits per weight a cell's colour changes, from blue to red.
 _COLD, _HOT = 1.5, 8.5
@@ -148,16 +142,11 @@ def _size(side: Side) -> dict[str, Any]:
     return {"n_tensors": len(side.scheme.types), "nbytes": side.nbytes, "bpw": side.bpw}
 
 
-def _visible(text: str) -> str:
-    # Escape sequences in the names of somebody's file must not reach the terminal.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _some(parts: Iterable[str], most: int = 8) -> str:
     """The first of ``parts``, and how many more there are."""
     listed = list(parts)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return _visible(", ".join(listed[:most])) + more
+    return visible(", ".join(listed[:most])) + more
 
 
 def _about(scheme: Scheme) -> str:
@@ -167,7 +156,7 @@ def _about(scheme: Scheme) -> str:
     parts += [megabytes(scheme.size_bytes)] if scheme.size_bytes else []
     parts += [f"predicted KLD {scheme.predicted_kld:.4f}"] if scheme.predicted_kld is not None else []
     parts += [f"measured KLD {scheme.measured_kld:.4f}"] if scheme.measured_kld is not None else []
-    return _visible(", ".join(part for part in parts if part))
+    return visible(", ".join(part for part in parts if part))
 
 
 # -- show --------------------------------------------------------------------------------------------------------------
@@ -192,7 +181,7 @@ def _show(opened: Opened, shapes: Mapping[str, TensorInfo], of_types: list[Share
     if opened.kept:
         line(f"others, never quantized: {len(opened.kept)}, {megabytes(sum(t.nbytes for t in opened.kept.values()))}")
     for name, type_name in scheme.rules.items():
-        line(f"{_visible(name)}: {type_name} (a rule; --model MODEL applies it)")
+        line(f"{visible(name)}: {type_name} (a rule; --model MODEL applies it)")
     if scheme.slopes:
         line(f"slopes of {len(scheme.slopes)} tensors")
     if scheme.types:
@@ -205,16 +194,16 @@ def _show_map(console: Console, types: Mapping[str, str]) -> None:
     """Tensors outside of blocks, then rows of kinds and columns of layers, as many times as the width asks for."""
     from rich.text import Text
 
-    from dynrun.scheme_types import block_of
+    from dynrun.scheme_types import block_of, kind_order
 
     rows: dict[str, dict[int, str]] = {}
     for name, type_name in types.items():
         layer, kind = block_of(name)
         if layer is None:
-            console.print(Text.assemble(_cell(type_name), f" {_visible(_short(name))}: {type_name}"), soft_wrap=True)
+            console.print(Text.assemble(_cell(type_name), f" {visible(_short(name))}: {type_name}"), soft_wrap=True)
         else:
-            rows.setdefault(_visible(_short(kind)), {})[layer] = type_name
-    names = sorted(rows, key=lambda kind: (_KINDS.index(kind) if kind in _KINDS else len(_KINDS), kind))
+            rows.setdefault(visible(_short(kind)), {})[layer] = type_name
+    names = sorted(rows, key=kind_order)
     margin = 1 + min(_MAX_KIND, max(map(len, names), default=0))
     n_layer = 1 + max((layer for row in rows.values() for layer in row), default=-1)
     n_columns = max(10, (console.width - margin) // 10 * 10)
@@ -286,7 +275,7 @@ def _show_diff(found: Difference) -> None:
         size = "" if side.nbytes is None else f"; tensors {megabytes(side.nbytes)}"
         bits = "" if side.bpw is None else f", {side.bpw:.3f} bits per weight"
         text = f"{letter}: {side.opened.path.name}: {_about(side.scheme)}{size}{bits}"
-        console.print(Text(_visible(text)), soft_wrap=True)
+        console.print(Text(visible(text)), soft_wrap=True)
     changes = found.changes()
     n = sum(change.n_tensors for change in changes)
     console.print(Text(f"{n} tensors differ, {found.n_same} are the same"), soft_wrap=True)
@@ -303,7 +292,7 @@ def _groups(found: Difference, key: str) -> str:
 
     names = found.only["a" if key == "a" else "b"]
     parts = group({name: found.types[name] for name in names})
-    return _visible("; ".join(f"{_place(c.kind, c.layers)} {c.before or c.after}" for c in parts))
+    return visible("; ".join(f"{_place(c.kind, c.layers)} {c.before or c.after}" for c in parts))
 
 
 def _place(kind: str, layers: str) -> str:
@@ -315,6 +304,6 @@ def _changes(changes: Iterable[Change]) -> Table:
 
     table = _table("tensor", "A", "B", "tensors", "layers", right=(3,))
     for change in changes:
-        kind, layers = Text(_visible(_short(change.kind))), Text(change.layers)
+        kind, layers = Text(visible(_short(change.kind))), Text(change.layers)
         table.add_row(kind, change.before, change.after, str(change.n_tensors), layers)
     return table

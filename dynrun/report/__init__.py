@@ -1,0 +1,1 @@
+"""Pages about measured files: what people read, print and publish. Measures nothing."""

@@ -1,0 +1,95 @@
+"""The tables of a report, as words: the page and the card print the same ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dynrun.report.data import STOCK, FileResult, Report
+from dynrun.report.text import interval, kld, size
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Table:
+    """``columns``, the first one of names; rows of as many cells."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def divergence_table(report: Report) -> Table:
+    """Size and mean KLD of each file, and what that is beside the stock curve where there is one."""
+    equal = any(file.equal_size for file in report.files)
+    columns = ("file", "size", "bpw", "mean KLD (95%)", *(["equal-size ratio"] if equal else []), "imatrix")
+    rows = []
+    for file in report.files:
+        ratio = [_equal_size(file)] if equal else []
+        measured = f"{kld(file.kld.mean)} ({interval(file.kld.ci95)})"
+        rows.append((file.name, size(file.size_bytes), f"{file.bpw:.2f}", measured, *ratio, file.imatrix or "–"))
+    return Table(columns, tuple(rows))
+
+
+def _equal_size(file: FileResult) -> str:
+    found = file.equal_size
+    if found is None:
+        return "–"
+    spread = f" ({interval(found.ci95)})" if found.ci95 else ""
+    return f"{found.ratio:.3f}{spread}{' extrapolated' if found.extrapolated else ''}"
+
+
+def percentile_table(report: Report) -> Table:
+    """How the KLD of single tokens is spread, and what that does to the next token."""
+    columns = ("file", "median", "90%", "99%", "99.9%", "maximum", "same top p", "RMS Δp", "PPL")
+    rows = []
+    for file in report.files:
+        spread = (kld(v) for v in (file.kld.median, file.kld.p90, file.kld.p99, file.kld.p999, file.kld.max))
+        rows.append((file.name, *spread, f"{file.same_top_p:.2%}", f"{file.rms_dp:.2%}", f"{file.ppl:.3f}"))
+    return Table(columns, tuple(rows))
+
+
+def domain_table(report: Report) -> Table | None:
+    """Mean KLD by kind of text; None where there is only one."""
+    names = list(dict.fromkeys(domain.name for file in report.files for domain in file.domains))
+    if len(names) < 2:
+        return None
+    tokens = {domain.name: domain.n_tokens for file in report.files for domain in file.domains}
+    rows = []
+    for name in names:
+        cells = [next((kld(d.mean) for d in file.domains if d.name == name), "–") for file in report.files]
+        rows.append((name, f"{tokens[name]:,}", *cells))
+    return Table(("text", "tokens", *(file.name for file in report.files)), tuple(rows))
+
+
+def task_table(report: Report) -> Table | None:
+    """Answers to questions; None where none were asked."""
+    if not report.tasks:
+        return None
+    sizes = {file.name: file.size_bytes for file in report.files}
+    columns = ("file", "task", "questions", "accuracy (95%)", "right→wrong", "wrong→right", "size", "efficiency")
+    rows = []
+    for one in report.tasks:
+        correct = f"{one.accuracy:.2%} ({one.ci95[0]:.2%}–{one.ci95[1]:.2%})"
+        flips = ("–" if n is None else f"{n:,}" for n in (one.right_to_wrong, one.wrong_to_right))
+        weight = f"{size(sizes[one.name])} = {sizes[one.name] / _GIB:.2f} GiB" if one.name in sizes else "–"
+        efficiency = "–" if one.efficiency is None else f"{one.efficiency:.2f}"
+        rows.append((one.name, one.task, f"{one.n_questions:,}", correct, *flips, weight, efficiency))
+    return Table(columns, tuple(rows))
+
+
+def file_table(report: Report) -> Table:
+    """The files' names and hashes."""
+    rows = [(file.name, file.file, f"{file.size_bytes:,}", file.sha256 or "–") for file in report.files]
+    return Table(("name", "file", "bytes", "SHA-256"), tuple(rows))
+
+
+def headlines(report: Report) -> list[str]:
+    """What a reader should take home, a sentence each."""
+    ratios = [
+        f"KLD ratio {one.ratio.value:.3f} ({interval(one.ratio.ci95)}): the mean KLD of {one.name} over that of "
+        f"{one.other}, on the same text."
+        for one in report.versus
+    ]
+    told = {one.name for one in report.versus}
+    equal = [file for file in report.files if file.equal_size and file.kind != STOCK and file.name not in told]
+    return ratios + [f"{f.name} has {_equal_size(f)} of the stock presets' KLD at its size." for f in equal]
