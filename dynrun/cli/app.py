@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from dynrun import __version__
 from dynrun.cli import (
     allocate,
+    convert,
     demo,
     doctor,
     eval_kld,
@@ -34,7 +35,7 @@ from dynrun.cli.command_line import ARGUMENTS
 from dynrun.errors import INTERRUPTED_EXIT_CODE, DynrunError, UsageError
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(make.make, run.run, ls.ls, show.show, doctor.doctor, demo.demo),
+    *(make.make, convert.convert, run.run, ls.ls, show.show, doctor.doctor, demo.demo),
     *(imatrix.imatrix, sensitivity.sensitivity, allocate.allocate, quantize.quantize),
     verify.verify,
     tui.tui,

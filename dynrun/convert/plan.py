@@ -1,0 +1,104 @@
+"""What a conversion will need: the type of the result, its bytes on the disk, the memory of the converter.
+
+Takes a :class:`Source`, reads its tokenizer once more for its size; converts nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynrun.convert.folder import Source
+from dynrun.convert.stored import StoredTensor
+from dynrun.errors import DoesNotFitError
+
+# Stored in another form, weights are unpacked to BF16, which has the range of all of them.
+_OUT_TYPES = {"F16": "f16", "BF16": "bf16", "F32": "f32", "F64": "f32"}
+_ELEMENT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
+# The converter with its packages and no tensor, measured (benchmarks/convert.py).
+_BASE_BYTES = 560_000_000
+# The largest tensor as it is mapped, as float32, and as it is written, with numpy's copy between them.
+_COPIES_F32 = 2.0
+# A key, a type and a length for each entry, and the fixed keys.
+_METADATA_BYTES = 6_000
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """``out_type`` as the converter names it; bytes of the result, and the converter's peak memory."""
+
+    out_type: str
+    result_bytes: int
+    memory_bytes: int
+
+    @property
+    def type_name(self) -> str:
+        """As GGUF names it."""
+        return self.out_type.upper()
+
+
+def plan_conversion(source: Source) -> ConversionPlan:
+    """What converting ``source`` will need. The precision is the one that most of its weights are stored in."""
+    out_type = out_type_of(source.tensors)
+    packed = packed_elements(source.config)
+    size = sum(_result_bytes(tensor, out_type, packed) for tensor in source.tensors.values())
+    size += _METADATA_BYTES + _tokenizer_bytes(source.files)
+    largest = max(source.tensors.values(), key=lambda tensor: tensor.n_elements)
+    working = largest.nbytes + 4 * largest.n_elements * _COPIES_F32 + largest.n_elements * _ELEMENT_BYTES[out_type]
+    return ConversionPlan(out_type, size, int(_BASE_BYTES + working))
+
+
+def out_type_of(tensors: Mapping[str, StoredTensor]) -> str:
+    """The converter's output type that keeps the precision of most of the matrices' elements."""
+    counted: Counter[str] = Counter()
+    for tensor in tensors.values():
+        if len(tensor.shape) > 1:
+            counted[_OUT_TYPES.get(tensor.dtype, "bf16")] += tensor.n_elements
+    return counted.most_common(1)[0][0] if counted else "f16"
+
+
+def packed_elements(config: Mapping[str, Any]) -> int:
+    """Elements in one byte of a packed tensor, by the configuration's own word; 1 where nothing is packed."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        return 1
+    bits = quantization.get("bits") or (4 if "fp4" in str(quantization.get("quant_method", "")) else 8)
+    return max(1, 8 // int(bits)) if isinstance(bits, int) else 1
+
+
+def _result_bytes(tensor: StoredTensor, out_type: str, packed: int) -> int:
+    if len(tensor.shape) < 2:
+        return 4 * tensor.n_elements
+    if packed > 1 and tensor.dtype in ("I32", "U8", "I8"):
+        return tensor.nbytes * packed * _ELEMENT_BYTES[out_type]
+    return tensor.n_elements * _ELEMENT_BYTES[out_type]
+
+
+def _tokenizer_bytes(files: Mapping[str, Path]) -> int:
+    """Tokens, their types and merges as GGUF stores them: eight bytes of length before each text."""
+    if (path := files.get("tokenizer.json")) is None:
+        model = files.get("tokenizer.model")
+        return 2 * model.stat().st_size if model else 0
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        tokens, merges = list(model["vocab"]), model.get("merges", ())
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return path.stat().st_size
+    names = [one if isinstance(one, str) else str(one[0]) for one in tokens]
+    joined = [one if isinstance(one, str) else " ".join(map(str, one)) for one in merges]
+    return sum(12 + len(name.encode()) for name in names) + sum(8 + len(merge.encode()) for merge in joined)
+
+
+def check_disk(plan: ConversionPlan, folder: Path, more_bytes: int = 0) -> None:
+    """Raise DoesNotFitError where the result, and ``more_bytes`` of what comes after it, has no room in ``folder``."""
+    needed, free = plan.result_bytes + more_bytes, shutil.disk_usage(folder).free
+    if free < needed:
+        raise DoesNotFitError(
+            f"the conversion and what follows need {needed / 1e9:.2f} GB in {folder} and {free / 1e9:.2f} GB are free",
+            fix="free some space, or set DYNRUN_CACHE to another disk",
+        )
