@@ -11,7 +11,7 @@ import re
 import secrets
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,15 +81,16 @@ class LlamaServer:
         *,
         name: str,
         listen: Listen = Listen(),
+        environment: Mapping[str, str] | None = None,
         cancel: Event | None = None,
         timeout_s: float = 900.0,
     ) -> None:
         self.options, self.name, self.listen = tuple(map(str, options)), name, listen
-        self.timeout_s, self._cancel = timeout_s, cancel
+        self.environment, self.timeout_s, self._cancel = dict(environment or {}), timeout_s, cancel
         self.log = new_log("llama-server")
         self.port = listen.port
         self.key_file = listen.key_file or cache_dir() / "keys" / f"{os.getpid()}-{secrets.token_hex(8)}"
-        self.api_key = secrets.token_urlsafe(32) if listen.key_file is None else read_key(listen.key_file)
+        self.api_key = secrets.token_urlsafe(32) if listen.key_file is None else read_keys(listen.key_file)[0]
         self._log_start = 0
         self._child: subprocess.Popen[str] | None = None
         self._open = ExitStack()
@@ -114,7 +115,7 @@ class LlamaServer:
             sink.write(("$ " + " ".join(argv) + "\n").encode())
             sink.flush()
             self._log_start = sink.tell()
-            self._child = self._open.enter_context(spawned(argv, env=_environment(), stderr=sink))
+            self._child = self._open.enter_context(spawned(argv, env=self._environment(), stderr=sink))
             self._wait_until_ready()
             self._open = self._open.pop_all()
         return self
@@ -165,6 +166,12 @@ class LlamaServer:
         argv = [str(installation().program("llama-server")), *self.options]
         argv += ["--host", self.listen.host, "--port", str(self.listen.port), "--api-key-file", str(self.key_file)]
         return [*argv, "--cors-origins", "localhost", "--no-cors-credentials", "--no-ui", "--offline", "-lv", "3"]
+
+    def _environment(self) -> dict[str, str]:
+        # Away from the user's llama.cpp/config.ini, which sets any option that is not given (common/arg.cpp), and from
+        # models that nobody named, which a router would offer (common/hf-cache.cpp).
+        own = {"XDG_CONFIG_HOME": str(cache_dir() / "no-config"), "LLAMA_CACHE": str(cache_dir() / "no-models")}
+        return scrubbed_environment(own | self.environment)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.timeout_s
@@ -257,20 +264,15 @@ def write_key(path: Path, key: str) -> None:
             stream.write(f"{key}\n")
 
 
-def read_key(path: Path) -> str:
-    """The first key of a file of keys. Raises NotFoundError where there is none."""
+def read_keys(path: Path) -> list[str]:
+    """The keys of a file, one a line. Raises NotFoundError where there is none."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise NotFoundError(f"the key file {path} cannot be read: {error}", fix="check the path") from error
-    if key := next((line for line in lines if line and not line.startswith("#")), ""):
-        return key
+    if keys := [line for line in lines if line and not line.startswith("#")]:
+        return keys
     raise NotFoundError(f"the key file {path} holds no key", fix="write one into it, one a line")
-
-
-def _environment() -> dict[str, str]:
-    # Away from the user's llama.cpp/config.ini, which sets any option that is not given (common/arg.cpp).
-    return scrubbed_environment({"XDG_CONFIG_HOME": str(cache_dir() / "no-config")})
 
 
 def _log_sink(log: Path) -> IO[bytes]:

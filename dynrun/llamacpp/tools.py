@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dynrun.artifacts import translated_os_errors
 from dynrun.errors import DoesNotFitError, DynrunError
@@ -200,29 +201,39 @@ def perplexity_kld(model: Path, base: Path, *, n_ctx: int, n_threads: int) -> Pe
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One test of llama-bench: ``pp512`` or ``tg128`` and its speed."""
+    """One test of llama-bench, ``pp512`` or ``tg128`` (``@ d4096``: behind so many tokens), and its speed in each
+    repetition; mean and standard deviation in tokens per second."""
 
     test: str
     tokens_per_second: float
     stddev: float
+    samples: tuple[float, ...]
 
 
-def bench(model: Path, *, n_prompt: int, n_gen: int, repetitions: int, n_threads: int) -> list[BenchRow]:
-    """llama-bench on ``model``."""
-    sizes = ["-p", str(n_prompt), "-n", str(n_gen), "-r", str(repetitions), "-t", str(n_threads)]
-    done = _run("llama-bench", ["-m", model, *sizes, "-o", "json"])
+def bench(
+    model: Path,
+    *,
+    n_prompt: int,
+    n_gen: int,
+    repetitions: int,
+    n_threads: int,
+    n_depth: int = 0,
+    options: Sequence[str] = (),
+) -> list[BenchRow]:
+    """llama-bench on ``model``, a row for each of the two sizes that is not 0; ``options`` say where the model goes."""
+    sizes = ["-p", str(n_prompt), "-n", str(n_gen), "-d", str(n_depth), "-r", str(repetitions), "-t", str(n_threads)]
+    done = _run("llama-bench", ["-m", model, *sizes, *options, "-o", "json"])
     try:
-        rows = json.loads(done.stdout)
-        return [
-            BenchRow(
-                f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}",
-                float(row["avg_ts"]),
-                float(row["stddev_ts"]),
-            )
-            for row in rows
-        ]
+        return [_bench_row(row) for row in json.loads(done.stdout)]
     except (ValueError, KeyError, TypeError) as error:
         raise _unproven(done, "printed no results") from error
+
+
+def _bench_row(row: Mapping[str, Any]) -> BenchRow:
+    name = f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}"
+    depth = f" @ d{row['n_depth']}" if row["n_depth"] else ""
+    samples = tuple(float(sample) for sample in row["samples_ts"])
+    return BenchRow(name + depth, float(row["avg_ts"]), float(row["stddev_ts"]), samples)
 
 
 def complete(model: Path, prompt: str, *, n_predict: int, n_threads: int) -> str:

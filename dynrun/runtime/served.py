@@ -17,7 +17,7 @@ import httpx
 
 from dynrun.artifacts import write_json
 from dynrun.errors import DynrunError
-from dynrun.llamacpp.server import read_key
+from dynrun.llamacpp.server import read_keys
 from dynrun.paths import cache_dir
 from dynrun.runtime.session import Attached
 
@@ -60,7 +60,7 @@ def find_served(model: Path, n_ctx: int = 0) -> Attached | None:
 def _attached(data: dict[str, Any], model: Path, n_ctx: int) -> Attached | None:
     for name, entry in data["models"].items():
         if Path(entry["path"]) == model and entry["n_ctx"] >= n_ctx:
-            found = Attached(data["url"], read_key(Path(data["key_file"])), entry["n_ctx"], name)
+            found = Attached(data["url"], read_keys(Path(data["key_file"]))[0], entry["n_ctx"], name)
             return found if _answers(found) else None
     return None
 
