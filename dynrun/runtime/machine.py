@@ -19,7 +19,8 @@ Measures nothing itself: bandwidth.py does.
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,9 @@ class Device:
 class Machine:
     """``ram_free_bytes``: what programs can still have; ``disk_bytes_per_s`` of weights that no memory holds.
 
-    ``unified``: the devices' memory and the RAM are one pool. ``basis`` says where the bandwidths are from.
+    ``unified``: the devices' memory and the RAM are one pool. ``repacked``: tensor types that llama.cpp stores in
+    another order for this CPU (AMX, AVX2, NEON), in memory of their own beside the mapped file. ``basis`` says where
+    the bandwidths are from; ``calibration``: measured over predicted speed, by kind of placement (calibration.py).
     """
 
     name: str
@@ -61,7 +64,19 @@ class Machine:
     cores: int
     unified: bool = False
     disk_bytes_per_s: float = _DISK_BYTES_PER_S
+    repacked: tuple[str, ...] = ()
     basis: Basis = "estimated"
+    calibration: Mapping[str, float] = field(default_factory=dict)
+
+    def named(self, names: Iterable[str]) -> tuple[Device, ...]:
+        """The devices of these names. Raises UsageError for one that the machine lacks."""
+        known = {device.name: device for device in self.devices}
+        try:
+            return tuple(known[name] for name in names)
+        except KeyError as error:
+            raise UsageError(
+                f"{self.name} has no device {error}", fix=f"it has {', '.join(known) or 'none'}"
+            ) from error
 
 
 _KEYS = {

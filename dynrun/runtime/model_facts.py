@@ -7,7 +7,8 @@ machine.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dynrun.errors import UsageError
@@ -40,7 +41,7 @@ class Layer:
 class ModelFacts:
     """``input_bytes``: tables that stay in RAM; ``output_bytes``: the output matrix and norm, of tied embeddings their
     copy (``tied``). ``widest``: most elements of one token in any projection (Q, K, V, FFN). ``exact``: whether the
-    caches are llama.cpp's to the byte, or an upper estimate."""
+    caches are llama.cpp's to the byte, or an upper estimate. ``type_bytes``: bytes in each tensor type."""
 
     name: str
     label: str
@@ -59,6 +60,7 @@ class ModelFacts:
     n_head: int
     n_ctx_train: int
     exact: bool
+    type_bytes: Mapping[str, int]
 
     @property
     def n_layer(self) -> int:
@@ -69,6 +71,11 @@ class ModelFacts:
         """Of all tensors; a tied output counts once."""
         layers = sum(layer.dense_bytes + layer.expert_bytes for layer in self.layers)
         return layers + self.input_bytes + (0 if self.tied else self.output_bytes)
+
+    @property
+    def main_type(self) -> str:
+        """The tensor type that most bytes are in."""
+        return max(self.type_bytes, key=lambda name: self.type_bytes[name])
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -83,7 +90,8 @@ def facts_of(header: Header, name: str | None = None) -> ModelFacts:
     if not hp.architecture or embeddings is None or not hp.n_layer_all or len(embeddings.shape) != 2:
         raise UsageError(f"{header.path} holds no language model", fix="give a GGUF of a model")
     blocks: list[list[TensorInfo]] = [[] for _ in range(hp.n_layer_all)]
-    inputs, outputs = [], []
+    inputs: list[TensorInfo] = []
+    outputs: list[TensorInfo] = []
     for tensor in header.tensors.values():
         match = _BLOCK.match(tensor.name)
         if match and int(match[1]) < len(blocks):
@@ -113,11 +121,13 @@ def facts_of(header: Header, name: str | None = None) -> ModelFacts:
         n_head=max(n_head, default=0),
         n_ctx_train=hp.number("context_length"),
         exact=is_exact(hp.architecture),
+        type_bytes=_type_bytes(header.tensors.values()),
     )
 
 
 def _layer(tensors: Iterable[TensorInfo], cache: LayerCache) -> Layer:
-    experts, dense = [], []
+    experts: list[TensorInfo] = []
+    dense: list[TensorInfo] = []
     for tensor in tensors:
         (experts if EXPERTS.search(tensor.name) else dense).append(tensor)
     wide = [t.shape[1] for t in dense if len(t.shape) > 1 and ".ffn_" in t.name and "inp" not in t.name]
@@ -134,3 +144,10 @@ def _layer(tensors: Iterable[TensorInfo], cache: LayerCache) -> Layer:
 
 def _sum(tensors: Iterable[TensorInfo]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def _type_bytes(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    found = Counter[str]()
+    for tensor in tensors:
+        found[tensor.type] += tensor.nbytes
+    return dict(found)

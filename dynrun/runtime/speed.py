@@ -1,0 +1,83 @@
+"""Predicted tokens per second: the bytes that one token reads from each memory, over that memory's bandwidth.
+
+Takes facts, a residence and a machine; gives seconds. Text generation is bound by memory; what is not (a CPU with few
+cores, launches of kernels) is in three constants, and in the calibration of this machine's own measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from dynrun.runtime.machine import Basis, Machine
+from dynrun.runtime.memory import cell_bytes
+from dynrun.runtime.model_facts import ModelFacts
+from dynrun.runtime.placement import Choice
+from dynrun.runtime.residence import CPU, Residence
+
+# Parts of the peak bandwidth that llama.cpp reaches with one slot.
+_DEVICE_SHARE, _CPU_SHARE = 0.70, 0.85
+# A core unpacks so many bytes of weights a second: k-quants; types with codebooks and ternary ones.
+_CORE_BYTES_PER_S, _CORE_CODEBOOK_BYTES_PER_S = 6e9, 2.5e9
+DEPTH = 4096
+# Launches of a layer's kernels on a device; handing activations over from one device, or the CPU, to another.
+_LAYER_S, _HANDOVER_S = 12e-6, 60e-6
+
+
+@dataclass(frozen=True)
+class Speed:
+    """``bytes_per_token``: read for one token of text, from all memories."""
+
+    tokens_per_second: float
+    basis: Basis
+    bytes_per_token: int
+
+
+def token_bytes(facts: ModelFacts, choice: Choice, found: Residence) -> dict[int, int]:
+    """Bytes that one token reads from each device: weights, of experts the chosen ones, and
+    the cache of ``DEPTH`` tokens, or of half the context where that is less."""
+    read = {CPU: facts.input_row_bytes}
+    depth = min(choice.n_ctx // 2, DEPTH)
+    share = min(facts.n_expert_used / facts.n_expert, 1.0) if facts.n_expert else 1.0
+    for number, layer in enumerate(facts.layers):
+        here, there = found.layer_on[number], found.experts_on(number)
+        seen = min(depth, layer.cache.window or depth)
+        cache = seen * cell_bytes(layer.cache, choice) + 4 * layer.cache.state
+        read[here] = read.get(here, 0) + layer.dense_bytes + cache
+        read[there] = read.get(there, 0) + int(layer.expert_bytes * share)
+    read[found.output_on] = read.get(found.output_on, 0) + facts.output_bytes
+    return read
+
+
+def predict(facts: ModelFacts, choice: Choice, found: Residence, machine: Machine, missing_share: float = 0.0) -> Speed:
+    """Speed of one slot. ``missing_share``: of the weights in RAM the part that RAM has no room for, read from disk."""
+    read = token_bytes(facts, choice, found)
+    devices = machine.named(choice.devices)
+    seconds = read[CPU] / _cpu_bytes_per_s(facts, machine) + read[CPU] * missing_share / machine.disk_bytes_per_s
+    for device, nbytes in read.items():
+        if device != CPU:
+            seconds += nbytes / (devices[device].bytes_per_s * _DEVICE_SHARE)
+    seconds += _LAYER_S * sum(place != CPU for place in found.layer_on) + _HANDOVER_S * _handovers(found)
+    kind = kind_of(found)
+    factor = machine.calibration.get(kind, 1.0)
+    basis: Basis = "calibrated" if kind in machine.calibration else "estimated"
+    return Speed(factor / seconds if seconds else 0.0, basis, sum(read.values()))
+
+
+def kind_of(found: Residence) -> str:
+    """What a calibration is for: a machine is off by one factor on its CPU, by another on its devices."""
+    if not found.used:
+        return "cpu"
+    return "mixed" if found.experts_in_ram or CPU in found.layer_on else "gpu"
+
+
+def _cpu_bytes_per_s(facts: ModelFacts, machine: Machine) -> float:
+    per_core = _CORE_CODEBOOK_BYTES_PER_S if facts.main_type.startswith(("IQ", "TQ")) else _CORE_BYTES_PER_S
+    return min(machine.ram_bytes_per_s * _CPU_SHARE, machine.cores * per_core)
+
+
+def _handovers(found: Residence) -> int:
+    """How often one token's activations go from one memory to another: to experts in RAM and back, between runs."""
+    places = [*found.layer_on, found.output_on]
+    between = sum(a != b for a, b in pairwise(places))
+    return between + 2 * len(found.experts_in_ram)
