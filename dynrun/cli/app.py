@@ -19,7 +19,10 @@ from dynrun.cli import (
     convert,
     demo,
     doctor,
+    eval_flips,
     eval_kld,
+    eval_mmlu,
+    eval_task,
     imatrix,
     ls,
     make,
@@ -52,6 +55,9 @@ for command in COMMANDS:
     app.command()(command)
 evaluate = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure a model against its reference.")
 evaluate.command("kld")(eval_kld.eval_kld)
+evaluate.command("mmlu")(eval_mmlu.eval_mmlu)
+evaluate.command("task")(eval_task.eval_task)
+evaluate.command("flips")(eval_flips.eval_flips)
 app.add_typer(evaluate, name="eval")
 schemes = typer.Typer(
     no_args_is_help=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,6 +213,26 @@ def runs_of(model: Path) -> list[Run]:
             found.append(manifest)
     found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     return [read_run(manifest.with_name(RUN)) for manifest in found]
+
+
+def comparable(first: Sequence[Run], second: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """For each task and settings the pair with most questions in common, the newest first.
+
+    Two single runs are a pair as they are: :func:`flips` says what they differ in.
+    """
+    if len(first) == len(second) == 1:
+        return [(first[0], second[0])]
+    found: dict[str, tuple[int, Run, Run]] = {}
+    for one in first:
+        ids = {answered.id for answered in one.answers}
+        for other in second:
+            if (one.task, one.settings) != (other.task, other.settings):
+                continue
+            common = sum(answered.id in ids for answered in other.answers)
+            key = json.dumps([one.task, one.settings], sort_keys=True)
+            if common and (key not in found or common > found[key][0]):
+                found[key] = (common, one, other)
+    return [(one, other) for _, one, other in found.values()]
 
 
 def flips(first: Run, second: Run) -> Flips:
