@@ -28,6 +28,10 @@ class RefusedError(NotFoundError):
     """The Hub has it, or might, and does not give it to this token."""
 
 
+class GatedError(RefusedError):
+    """The Hub has it for those whom its owner lets in."""
+
+
 @contextmanager
 def errors_for_people(repository: str, kind: str = MODEL) -> Iterator[None]:
     """Errors of huggingface_hub as ours; ``kind`` is what ``repository`` is.
@@ -59,7 +63,7 @@ def refusal(
     """What ``status`` of the server, with the code of its ``X-Error-Code`` header, means."""
     if code == "GatedRepo":
         fix = f"ask for access at {page(repository, kind)}; {token_note()}"
-        return RefusedError(f"the {kind} {repository} is gated", fix=fix)
+        return GatedError(f"the {kind} {repository} is gated", fix=fix)
     if code in ("EntryNotFound", "RevisionNotFound"):
         what = "file" if code == "EntryNotFound" else "revision"
         return NotFoundError(f"the {kind} {repository} has no such {what}", fix=f"see {page(repository, kind)}")

@@ -14,34 +14,18 @@ import pytest
 
 from dynrun.calibration.hub import HubName, open_hub, parse_hub_name
 from dynrun.errors import NetworkError, NotFoundError, UsageError
-from tests.hub_server import Hub, serving
+from tests.hub_server import Hub, serving_here, set_endpoint
 
 
 def jsonl(*texts: str) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-def set_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    from huggingface_hub import close_session, constants
-
-    # The library read its environment when it was imported; one test below runs it in a process of its own.
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses.json"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with serving(Hub()) as served:
-        set_endpoint(monkeypatch, served.url)
+    # One test below runs the library in a process of its own.
+    with serving_here(monkeypatch, tmp_path) as served:
         yield served
-        close_session()
 
 
 def texts(spec: str, **limits: Any) -> set[str]:
