@@ -18,6 +18,7 @@ from dynrun.gguf.quantizable import quantizable
 from dynrun.gguf.shards import read_whole_header
 from dynrun.llamacpp.build import installation
 from dynrun.quantize import MODEL_FILE
+from dynrun.report.answers import task_results
 from dynrun.report.card import card_of
 from dynrun.report.data import MADE, OTHER, STOCK, CurvePoint, Domain, FileResult, Report, Versus
 
@@ -34,9 +35,9 @@ def compared_report(
     reference = read_whole_header(comparison.reference)
     files = [_file(one.label, one.row, imatrix=one.imatrix) for one in comparison.rows]
     files = [replace(f, equal_size=one.equal_size) for f, one in zip(files, comparison.rows, strict=True)]
-    stock = [_file(one.label, one.row, imatrix=one.imatrix, kind=STOCK) for one in comparison.curve]
+    stock = [_file(f"stock {one.label}", one.row, imatrix=one.imatrix, kind=STOCK) for one in comparison.curve]
     named = _unique([*files, *stock])
-    curve = zip(named[len(files) :], comparison.curve, strict=True)
+    paths = [one.row.file for one in comparison.rows] + [one.row.file for one in comparison.curve]
     score = comparison.rows[0].row.score
     return Report(
         model=model,
@@ -44,8 +45,9 @@ def compared_report(
         n_tokens=score.n_tokens,
         ppl_reference=score.ppl_reference,
         files=tuple(named),
-        curve=tuple(CurvePoint(f.name, f.size_bytes, f.kld.mean, point.on_curve) for f, point in curve),
+        curve=tuple(CurvePoint(p.label, p.row.size_bytes, p.row.kld.mean, p.on_curve) for p in comparison.curve),
         versus=_versus(comparison, named),
+        tasks=task_results(comparison.reference, dict(zip((f.name for f in named), paths, strict=True))),
         provenance=_provenance(comparison, reference),
         commands=tuple(commands),
         notes=comparison.notes,
@@ -58,7 +60,7 @@ def _file(label: str, row: Row, *, imatrix: str, kind: str = "") -> FileResult:
     domains = [Domain(d.name, d.score.n_tokens, d.score.kld.mean, d.score.kld.ci95) for d in row.domains]
     return FileResult(
         name=label,
-        file=f"{label} of llama-quantize" if row.file.name == MODEL_FILE else row.file.name,
+        file="made by llama-quantize" if row.file.name == MODEL_FILE else row.file.name,
         kind=kind or (MADE if _OWN in header.metadata else OTHER),
         size_bytes=row.size_bytes,
         bpw=row.bpw,
@@ -93,7 +95,7 @@ def _versus(comparison: Comparison, named: Sequence[FileResult]) -> tuple[Versus
         if near is None or abs(near[0].size_bytes - file.size_bytes) > 0.01 * file.size_bytes:
             continue
         if (ratio := one.row.ratio_to(near[1].row)) is not None:
-            found.append(Versus(file.name, f"stock {near[0].name}", ratio))
+            found.append(Versus(file.name, near[0].name, ratio))
     return tuple(found)
 
 

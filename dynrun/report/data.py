@@ -73,7 +73,7 @@ class Versus:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Answers of one file to the questions of one task; ``efficiency`` as metrics/efficiency.py has it.
+    """Answers of one file to the questions of one task; efficiency (metrics/efficiency.py) is of MMLU alone.
 
     Flips are against the reference's answers; None where those are not known.
     """
@@ -83,7 +83,9 @@ class TaskResult:
     accuracy: float
     ci95: Interval
     n_questions: int
-    efficiency: float | None = None
+    size_bytes: int
+    efficiency_per_gib: float | None = None
+    efficiency_per_gb: float | None = None
     right_to_wrong: int | None = None
     wrong_to_right: int | None = None
 

@@ -123,7 +123,8 @@ def _grid(axes: Axes, table: Sequence[Sequence[_Cell | None]], heads: Sequence[s
             if cell is not None:
                 # viridis is dark below its middle.
                 ink = "white" if float(legend.norm(cell.value)) < 0.45 else "black"
-                axes.text(x, y, cell.text, ha="center", va="center", color=ink, fontsize=6)
+                text = axes.text(x, y, cell.text, ha="center", va="center", color=ink, fontsize=6)
+                text.set_in_layout(False)
     axes.set_xticks(range(len(heads)), [label(head, 20) for head in heads], rotation=90 if len(heads) > 6 else 0)
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize="x-small")

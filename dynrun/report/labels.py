@@ -16,7 +16,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
-    from matplotlib.transforms import Bbox
+
+Boxes = npt.NDArray[np.float64]
 
 # Offsets in points, and how the text hangs there; what is far gets a line to its point.
 _PLACES = (
@@ -47,29 +48,27 @@ def name_points(axes: Axes, points: Sequence[Named], line: Line2D) -> None:
     assert figure is not None
     renderer = FigureCanvasAgg(figure.figure).get_renderer()  # type: ignore[no-untyped-call]
     pixel = figure.dpi / 72
-    places = axes.transData.transform([(point.x, point.y) for point in points]).tolist()
-    taken = [_around(x, y, _POINT * pixel) for x, y in places]
-    taken += [_around(x, y, pixel) for x, y in _along(axes, line, 2 * pixel).tolist()]
-    frame = axes.get_window_extent(renderer)
-    for point, at in zip(points, places, strict=True):
+    at = axes.transData.transform([(point.x, point.y) for point in points])
+    on_line = _along(axes, line, 2 * pixel)
+    taken = np.concatenate([_around(at, _POINT * pixel), _around(on_line, pixel)])
+    frame = np.array(axes.get_window_extent(renderer).extents)
+    for point, place in zip(points, at, strict=True):
         text = axes.text(0, 0, point.text, fontsize="x-small")
         box = text.get_window_extent(renderer)
         text.remove()
-        index = min(
-            range(len(_PLACES)),
-            key=lambda i: (_cost(_moved(box, at, i, pixel), taken, frame), i),
-        )
+        boxes = [_placed(box.width, box.height, place, index, pixel) for index in range(len(_PLACES))]
+        # The first of the best.
+        index = int(np.argmin([_cost(one, taken, frame) for one in boxes]))
         _annotate(axes, point, index)
-        taken.append(_moved(box, at, index, pixel))
+        taken = np.concatenate([taken, boxes[index][None]])
 
 
-def _around(x: float, y: float, radius: float) -> Bbox:
-    from matplotlib.transforms import Bbox
+def _around(centres: Boxes, radius: float) -> Boxes:
+    """Squares around points, [n, 4]: left, bottom, right, top."""
+    return np.concatenate([centres - radius, centres + radius], axis=1)
 
-    return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
 
-
-def _along(axes: Axes, line: Line2D, step: float) -> npt.NDArray[np.float64]:
+def _along(axes: Axes, line: Line2D, step: float) -> Boxes:
     """Points of ``line`` every ``step`` pixels, [n, 2]."""
     corners = axes.transData.transform(np.column_stack(line.get_data()).reshape(-1, 2))
     found = [np.empty((0, 2))]
@@ -96,23 +95,21 @@ def _annotate(axes: Axes, point: Named, index: int) -> None:
     )
 
 
-def _moved(box: Bbox, at: Sequence[float], index: int, pixel: float) -> Bbox:
-    """Where a text of the size of ``box`` would lie."""
-    from matplotlib.transforms import Bbox
-
+def _placed(width: float, height: float, at: Boxes, index: int, pixel: float) -> Boxes:
+    """Where a text of this size would lie at a place, [4]."""
     dx, dy, ha, va = _PLACES[index]
-    left = at[0] + dx * pixel - {"left": 0.0, "center": 0.5, "right": 1.0}[ha] * box.width
-    bottom = at[1] + dy * pixel - {"bottom": 0.0, "center": 0.5, "top": 1.0}[va] * box.height
-    return Bbox.from_bounds(left, bottom, box.width, box.height)
+    left = at[0] + dx * pixel - {"left": 0.0, "center": 0.5, "right": 1.0}[ha] * width
+    bottom = at[1] + dy * pixel - {"bottom": 0.0, "center": 0.5, "top": 1.0}[va] * height
+    return np.array([left, bottom, left + width, bottom + height])
 
 
-def _cost(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
+def _cost(box: Boxes, taken: Boxes, frame: Boxes) -> float:
     """Pixels covered that are not free, or lie outside of the frame."""
-    outside = box.width * box.height - _common(box, frame)
-    return round(outside + sum(_common(box, other) for other in taken), 1)
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    return round(float(area - _common(box, frame[None]) + _common(box, taken)), 1)
 
 
-def _common(a: Bbox, b: Bbox) -> float:
-    width = min(a.x1, b.x1) - max(a.x0, b.x0)
-    height = min(a.y1, b.y1) - max(a.y0, b.y0)
-    return float(width * height) if width > 0 and height > 0 else 0.0
+def _common(box: Boxes, others: Boxes) -> float:
+    """Area that ``box`` [4] shares with ``others`` [n, 4], in all."""
+    size = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    return float(np.prod(np.clip(size, 0, None), axis=1).sum())

@@ -49,6 +49,7 @@ def made_report(made: MadeFile, stock: Mapping[str, Row], commands: Sequence[str
         files=(file, *report.files[1:]),
         provenance=(*report.provenance, *_provenance(made)),
         slopes=made.scheme.slopes,
+        notes=(*report.notes, *([f"Mind: {warning}."] if (warning := made.reference.warning) else [])),
     )
 
 

@@ -19,6 +19,7 @@ from dynrun.report.style import (
     Plot,
     finished,
     label,
+    lay_out,
     log_kld,
     look,
     new_figure,
@@ -76,7 +77,7 @@ def size_plot(report: Report) -> Plot:
     axes.set_ylabel("mean KLD (nats per token)")
     axes.margins(x=0.08, y=0.12)
     log_kld(axes)
-    figure.draw_without_rendering()
+    lay_out(figure)
     name_points(axes, _names(report, styles, unit), axes.lines[0])
     listed = [f"{f.name} {written(f.kld.mean)} at {f.size_bytes / unit:.4g} {unit_name}" for f in _apart(report)]
     caption = f"Mean KLD with 95% intervals against the size of the file: {', '.join(listed)}."
@@ -87,8 +88,8 @@ def size_plot(report: Report) -> Plot:
 
 def _apart(report: Report) -> list[FileResult]:
     """The files that are no points of the curve."""
-    points = {(point.ftype, point.size_bytes) for point in report.curve}
-    return [f for f in report.files if f.kind != STOCK or (f.name, f.size_bytes) not in points]
+    points = {(point.size_bytes, point.kld) for point in report.curve}
+    return [f for f in report.files if f.kind != STOCK or (f.size_bytes, f.kld.mean) not in points]
 
 
 def _curve(axes: Axes, report: Report, unit: float) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dynrun.report.data import STOCK, FileResult, Report
-from dynrun.report.text import interval, kld, size
+from dynrun.report.data import STOCK, FileResult, Report, TaskResult
+from dynrun.report.text import kld, kld_with, ratio_with, size
 
 _GIB = 2**30
 
@@ -25,7 +25,7 @@ def divergence_table(report: Report) -> Table:
     rows = []
     for file in report.files:
         ratio = [_equal_size(file)] if equal else []
-        measured = f"{kld(file.kld.mean)} ({interval(file.kld.ci95)})"
+        measured = kld_with(file.kld.mean, file.kld.ci95)
         rows.append((file.name, size(file.size_bytes), f"{file.bpw:.2f}", measured, *ratio, file.imatrix or "–"))
     return Table(columns, tuple(rows))
 
@@ -34,8 +34,7 @@ def _equal_size(file: FileResult) -> str:
     found = file.equal_size
     if found is None:
         return "–"
-    spread = f" ({interval(found.ci95)})" if found.ci95 else ""
-    return f"{found.ratio:.3f}{spread}{' extrapolated' if found.extrapolated else ''}"
+    return ratio_with(found.ratio, found.ci95) + (" extrapolated" if found.extrapolated else "")
 
 
 def percentile_table(report: Report) -> Table:
@@ -54,27 +53,32 @@ def domain_table(report: Report) -> Table | None:
     if len(names) < 2:
         return None
     tokens = {domain.name: domain.n_tokens for file in report.files for domain in file.domains}
+    columns = ("file", *(f"{name} ({tokens[name]:,} tokens)" for name in names))
     rows = []
-    for name in names:
-        cells = [next((kld(d.mean) for d in file.domains if d.name == name), "–") for file in report.files]
-        rows.append((name, f"{tokens[name]:,}", *cells))
-    return Table(("text", "tokens", *(file.name for file in report.files)), tuple(rows))
+    for file in report.files:
+        means = {domain.name: kld(domain.mean) for domain in file.domains}
+        rows.append((file.name, *(means.get(name, "–") for name in names)))
+    return Table(columns, tuple(rows))
 
 
 def task_table(report: Report) -> Table | None:
     """Answers to questions; None where none were asked."""
     if not report.tasks:
         return None
-    sizes = {file.name: file.size_bytes for file in report.files}
-    columns = ("file", "task", "questions", "accuracy (95%)", "right→wrong", "wrong→right", "size", "efficiency")
+    columns = ("file", "task", "questions", "correct (95%)", "right→wrong", "wrong→right", "size", "efficiency")
     rows = []
     for one in report.tasks:
         correct = f"{one.accuracy:.2%} ({one.ci95[0]:.2%}–{one.ci95[1]:.2%})"
         flips = ("–" if n is None else f"{n:,}" for n in (one.right_to_wrong, one.wrong_to_right))
-        weight = f"{size(sizes[one.name])} = {sizes[one.name] / _GIB:.2f} GiB" if one.name in sizes else "–"
-        efficiency = "–" if one.efficiency is None else f"{one.efficiency:.2f}"
-        rows.append((one.name, one.task, f"{one.n_questions:,}", correct, *flips, weight, efficiency))
+        weight = f"{one.size_bytes / _GIB:.3f} GiB ({one.size_bytes / 1e9:.3f} GB)"
+        rows.append((one.name, one.task, f"{one.n_questions:,}", correct, *flips, weight, _efficiency(one)))
     return Table(columns, tuple(rows))
+
+
+def _efficiency(one: TaskResult) -> str:
+    if one.efficiency_per_gib is None or one.efficiency_per_gb is None:
+        return "–"
+    return f"{one.efficiency_per_gib:.2f} per GiB ({one.efficiency_per_gb:.2f} per GB)"
 
 
 def file_table(report: Report) -> Table:
@@ -86,10 +90,10 @@ def file_table(report: Report) -> Table:
 def headlines(report: Report) -> list[str]:
     """What a reader should take home, a sentence each."""
     ratios = [
-        f"KLD ratio {one.ratio.value:.3f} ({interval(one.ratio.ci95)}): the mean KLD of {one.name} over that of "
+        f"KLD ratio {ratio_with(one.ratio.value, one.ratio.ci95)}: the mean KLD of {one.name} over that of "
         f"{one.other}, on the same text."
         for one in report.versus
     ]
     told = {one.name for one in report.versus}
     equal = [file for file in report.files if file.equal_size and file.kind != STOCK and file.name not in told]
-    return ratios + [f"{f.name} has {_equal_size(f)} of the stock presets' KLD at its size." for f in equal]
+    return ratios + [f"Equal-size ratio {_equal_size(f)}: {f.name} against the curve of stock presets." for f in equal]

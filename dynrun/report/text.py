@@ -44,10 +44,15 @@ def size(n_bytes: int) -> str:
 
 
 def kld(value: float) -> str:
-    """Nats per token with three or four significant digits."""
-    return f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
+    """Nats per token with about four significant digits."""
+    return f"{value:.4f}" if 0.01 <= abs(value) < 1 else f"{value:.3f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
-def interval(pair: tuple[float, float]) -> str:
-    """A 95% interval of KLD or a ratio."""
-    return f"{kld(pair[0])}–{kld(pair[1])}"
+def kld_with(mean: float, ci95: tuple[float, float]) -> str:
+    """A mean KLD and its 95% interval."""
+    return f"{kld(mean)} ({kld(ci95[0])}–{kld(ci95[1])})"
+
+
+def ratio_with(value: float, ci95: tuple[float, float] | None) -> str:
+    """A ratio and its 95% interval, where that is known."""
+    return f"{value:.3f}" + (f" ({ci95[0]:.3f}–{ci95[1]:.3f})" if ci95 else "")
