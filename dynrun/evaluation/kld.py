@@ -17,7 +17,7 @@ import numpy as np
 from dynrun.artifacts import StageFolder, atomic_path, sha256_file, stage_folder
 from dynrun.errors import DynrunError, UsageError
 from dynrun.gguf.header import Header, read_header
-from dynrun.llamacpp.engine import Engine, Logits
+from dynrun.llamacpp.engine import Engine
 from dynrun.metrics.intervals import (
     Clusters,
     Estimate,
@@ -28,8 +28,18 @@ from dynrun.metrics.intervals import (
     paired_ratio,
 )
 from dynrun.metrics.summary import Summary, perplexity, rms_delta_p, summarize
-from dynrun.scoring.divergence import Divergence, divergence
-from dynrun.scoring.reference import Progress, ReferenceLogits, Scored, engine_inputs, parts_key, record_reference
+from dynrun.scoring.divergence import Divergence, divergence, joined
+from dynrun.scoring.reference import (
+    Coded,
+    Progress,
+    ReferenceLogits,
+    Scored,
+    engine_inputs,
+    open_for,
+    parts_key,
+    record_reference,
+    score,
+)
 
 _COLUMNS = ("kld", "same_top", "log_p_reference", "log_p_model")
 
@@ -193,8 +203,7 @@ def evaluate(
         if folder.complete:
             continue
         recorded = record_reference(reference, parts, n_threads=n_threads, n_gpu_layers=n_gpu_layers, progress=progress)
-        n_ctx = max(len(part.tokens) for part in parts)
-        with folder.locked(), Engine.open(file, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as engine:
+        with folder.locked(), open_for(file, parts, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as engine:
             _measure(recorded, engine, folder, progress)
     return [
         _row(file, header, parts, _read(folder, len(parts)))
@@ -238,7 +247,7 @@ def _measure(recorded: ReferenceLogits, engine: Engine, folder: StageFolder, pro
         raise UsageError(f"{engine.path} has {engine.n_vocab} tokens, its reference {recorded.n_vocab}")
     for i, part in enumerate(parts):
         if not _file(folder, i).is_file():
-            found = _compared(recorded.logits(i), engine, part)
+            found = _compared(recorded.coded(i), engine, part)
             with atomic_path(_file(folder, i)) as temporary, temporary.open("wb") as stream:
                 np.savez(stream, **{name: getattr(found, name) for name in _COLUMNS})
         done += len(part.tokens)
@@ -246,12 +255,17 @@ def _measure(recorded: ReferenceLogits, engine: Engine, folder: StageFolder, pro
     folder.commit({"tokens": sum(len(part.outputs) for part in parts)}, elapsed_s=time.monotonic() - started)
 
 
-def _compared(reference: Logits, engine: Engine, part: Scored) -> Divergence:
+def _compared(reference: Coded, engine: Engine, part: Scored) -> Divergence:
     following = np.array([part.tokens[position + 1] for position in part.outputs], dtype=np.int64)
-    found = divergence(reference, engine.logits(part.tokens, part.outputs), following)
-    if not np.isfinite(found.kld).all():
+    found, done = [], 0
+    for block in score(engine, part):
+        rows = slice(done, done + len(block))
+        found.append(divergence(reference[rows], block, following[rows]))
+        done += len(block)
+    whole = joined(found)
+    if not np.isfinite(whole.kld).all():
         raise DynrunError(f"{engine.path} gives logits that are not finite on {part.id}", fix="the file is damaged")
-    return found
+    return whole
 
 
 def _file(folder: StageFolder, i: int) -> Path:

@@ -1,34 +1,36 @@
-"""Exact divergence between two sets of logits, row by row, in torch.
+"""Exact divergence between two sets of logits, row by row.
 
 With z the reference's logits, p its softmax, d = z_q − z and d' = d − Σ p·d:
 
     KLD(p‖q) = log Σ p·exp(d') = log1p(Σ p·(expm1(d') − d'))
 
 which keeps its relative accuracy however small the divergence is; the plain difference of log-probabilities in float32
-is lost in rounding under 1e-6.
+is lost in rounding under 1e-6. The model's own normalizer follows from it, without a pass of its own:
+log Σ exp z_q = log Σ exp z + Σ p·d + KLD.
+
+numpy on threads rather than torch: a few rows at a time stay in the cache, which is five times faster.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-# torch takes a second to import and is needed only where divergence is really computed, not where it is read back.
-if TYPE_CHECKING:
-    import torch
+from dynrun.config import available_cores
 
 Logits = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Following = npt.NDArray[np.int64]
 
-# 64 rows of 150 000 tokens are 40 MB: they stay in the cache levels that matter on a laptop.
-_CHUNK = 64
-# exp overflows float32 at 88; rows with a larger difference are computed again in float64.
-_LARGE = 80.0
+# Values worked on at a time by a thread: half a megabyte an array.
+_TILE = 1 << 17
+_MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -42,59 +44,93 @@ class Divergence:
     log_p_model: Rows
 
 
-def divergence(reference: Logits, model: Logits, following: Following | None = None) -> Divergence:
+class Reference(Protocol):
+    """Where the reference's logits come from."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, n_vocab)."""
+
+    def values(self, rows: slice) -> Logits:
+        """The logits of ``rows``, each row perhaps moved by a constant."""
+
+
+class _InMemory:
+    """Logits [n, n_vocab] as they are."""
+
+    def __init__(self, logits: Logits) -> None:
+        self.logits, self.shape = logits, logits.shape
+
+    def values(self, rows: slice) -> Logits:
+        return self.logits[rows]
+
+
+def divergence(reference: Logits | Reference, model: Logits, following: Following | None = None) -> Divergence:
     """Divergence of ``model`` from ``reference`` (both [n, n_vocab]); ``following`` [n] are the true next tokens.
 
     Logits that are not finite give NaN. Raises ValueError for different shapes.
     """
-    if reference.shape != model.shape:
-        raise ValueError(f"logits of shapes {reference.shape} and {model.shape}")
-    if not len(reference):
-        nothing = np.empty(0)
-        return Divergence(nothing, np.empty(0, dtype=np.bool_), nothing, nothing)
-    parts = [
-        _rows(
-            reference[i : i + _CHUNK], model[i : i + _CHUNK], None if following is None else following[i : i + _CHUNK]
-        )
-        for i in range(0, len(reference), _CHUNK)
-    ]
-    kld, same, p, q = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    return Divergence(kld=kld, same_top=same, log_p_reference=p, log_p_model=q)
+    source = _InMemory(reference) if isinstance(reference, np.ndarray) else reference
+    if source.shape != model.shape:
+        raise ValueError(f"logits of shapes {source.shape} and {model.shape}")
+    n, n_vocab = model.shape
+
+    def work(rows: slice) -> Divergence:
+        return _rows(source.values(rows), model[rows], None if following is None else following[rows])
+
+    tiles = list(_tiles(n, max(1, _TILE // n_vocab)))
+    if len(tiles) < 2:
+        return joined([work(rows) for rows in tiles])
+    with ThreadPoolExecutor(min(available_cores(), _MOST_THREADS)) as pool:
+        return joined(list(pool.map(work, tiles)))
 
 
-def _rows(reference: Logits, model: Logits, following: Following | None) -> tuple[Rows, Bools, Rows, Rows]:
-    import torch
-
-    z, y = torch.from_numpy(reference), torch.from_numpy(model)
-    p = torch.softmax(z, dim=1)
-    d = y - z
-    d -= (p * d).sum(dim=1, keepdim=True)
-    # The weighted sums are taken in float64: tens of thousands of terms of mixed size.
-    excess = (p * (torch.expm1(d) - d)).sum(dim=1, dtype=torch.float64)
-    kld = torch.log1p(excess).clamp(min=0)
-    same = (z.argmax(dim=1) == y.argmax(dim=1)).numpy()
-    large = d.amax(dim=1) > _LARGE
-    if bool(large.any()):
-        kld[large] = _plain(z[large], y[large])
-    if following is None:
-        nothing = np.full(len(kld), np.nan)
-        return kld.numpy(), same, nothing, nothing
-    index = torch.from_numpy(following)[:, None]
-    log_p, log_q = (_log_probability(logits, index) for logits in (z, y))
-    return kld.numpy(), same, log_p, log_q
+def joined(parts: list[Divergence]) -> Divergence:
+    """Rows of several, one after another."""
+    nothing = np.empty(0)
+    found = [(one.kld, one.same_top, one.log_p_reference, one.log_p_model) for one in parts]
+    found.append((nothing, nothing.astype(np.bool_), nothing, nothing))
+    kld, same, p, q = (np.concatenate(columns) for columns in zip(*found, strict=True))
+    return Divergence(kld, same, p, q)
 
 
-def _plain(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    log_p, log_q = (torch.log_softmax(logits.double(), dim=1) for logits in (z, y))
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+def _tiles(n: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-def _log_probability(logits: torch.Tensor, index: torch.Tensor) -> Rows:
-    """Log-probability [n] of one token a row."""
-    import torch
+def _rows(z: Logits, y: Logits, following: Following | None) -> Divergence:
+    # What overflows is computed again.
+    with np.errstate(all="ignore"):
+        rows = np.arange(len(z))
+        tops = z.argmax(axis=1)
+        top = z[rows, tops]
+        p = z - top[:, None]
+        np.exp(p, out=p)
+        total = p.sum(axis=1)
+        d = y - z
+        mean = np.vecdot(p, d) / total
+        d -= mean[:, None]
+        excess = np.expm1(d)
+        excess -= d
+        kld = np.log1p((np.vecdot(p, excess) / total).astype(np.float64))
+        for i in np.flatnonzero(~np.isfinite(kld)):
+            kld[i] = _plain(z[i], y[i])
+        np.maximum(kld, 0, out=kld)
+        same = tops == y.argmax(axis=1)
+        if following is None:
+            unknown = np.full(len(z), np.nan)
+            return Divergence(kld, same, unknown, unknown)
+        log_total = top + np.log(total.astype(np.float64))
+        return Divergence(kld, same, z[rows, following] - log_total, y[rows, following] - (log_total + mean + kld))
 
-    total = torch.logsumexp(logits, dim=1).double()
-    value: Rows = (logits.gather(1, index)[:, 0].double() - total).numpy()
-    return value
+
+def _plain(z: Logits, y: Logits) -> float:
+    """KLD of one row in float64."""
+    log_p, log_q = (_log_softmax(values.astype(np.float64)) for values in (z, y))
+    return float(np.exp(log_p) @ (log_p - log_q))
+
+
+def _log_softmax(values: Rows) -> Rows:
+    below = values - values.max()
+    found: Rows = below - np.log(np.exp(below).sum())
+    return found

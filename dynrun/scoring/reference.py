@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from dynrun.artifacts import StageFolder, atomic_path, key_of, sha256_file, stage_folder
 from dynrun.errors import DoesNotFitError, DynrunError
+from dynrun.gguf.header import read_header
 from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.engine import Engine, Logits
 
@@ -39,7 +40,9 @@ _HEAD = 4
 # Rows coded at a time: temporaries stay small beside the logits themselves.
 _CHUNK = 64
 # Counts up when the codes change.
-_FORMAT = 1
+_FORMAT = 2
+# Logits in float32 that a decode may give, here and in llama.cpp: bounds the memory for large vocabularies.
+_DECODE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,37 @@ def encode_logits(logits: Logits) -> Codes:
 
 def decode_logits(codes: Codes) -> Logits:
     """Logits [n, n_vocab] of :func:`encode_logits`."""
-    top, spread = np.hsplit(np.ascontiguousarray(codes[:, :_HEAD]).view(np.float32), 2)
+    return _decode_below(codes) + _heads(codes)[:, :1]
+
+
+def _decode_below(codes: Codes) -> Logits:
+    """The logits less each row's maximum, which is exactly 0."""
     logits = codes[:, _HEAD:].astype(np.float32)
     np.square(logits, out=logits)
-    logits *= -spread / np.float32(_TOP_CODE**2)
-    logits += top
+    logits *= _heads(codes)[:, 1:] / np.float32(-(_TOP_CODE**2))
     return logits
+
+
+def _heads(codes: Codes) -> Logits:
+    """Maximum and range of each row, [n, 2]."""
+    return np.ascontiguousarray(codes[:, :_HEAD]).view(np.float32)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Recorded logits as divergence.py reads them: a few rows are decoded at a time."""
+
+    codes: Codes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.codes), self.codes.shape[1] - _HEAD
+
+    def __getitem__(self, rows: slice) -> Coded:
+        return Coded(self.codes[rows])
+
+    def values(self, rows: slice) -> Logits:
+        return _decode_below(self.codes[rows])
 
 
 @dataclass(frozen=True)
@@ -95,8 +123,8 @@ class ReferenceLogits:
     parts: tuple[Scored, ...]
     n_vocab: int
 
-    def logits(self, i: int) -> Logits:
-        """Logits [n_outputs, n_vocab] of part ``i``. Raises DynrunError where its file is gone or damaged."""
+    def coded(self, i: int) -> Coded:
+        """Logits [n_outputs, n_vocab] of part ``i``, on disk. Raises DynrunError where its file is gone or damaged."""
         path = _file(self.folder, i)
         try:
             codes = np.asarray(np.load(path, mmap_mode="r"))
@@ -106,7 +134,7 @@ class ReferenceLogits:
         if codes.shape != (len(self.parts[i].outputs), _HEAD + self.n_vocab):
             self.discard()
             raise DynrunError(f"{path} holds other logits than expected", fix="run the same command again")
-        return decode_logits(codes)
+        return Coded(codes)
 
     @property
     def nbytes(self) -> int:
@@ -140,13 +168,25 @@ def record_reference(
     with folder.locked():
         if not folder.complete:
             started = time.monotonic()
-            n_ctx = max(len(part.tokens) for part in parts)
-            with Engine.open(reference, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as engine:
-                record_into(
-                    folder, parts, engine.n_vocab, lambda part: engine.logits(part.tokens, part.outputs), progress
-                )
+            with open_for(reference, parts, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as engine:
+                record_into(folder, parts, engine.n_vocab, lambda part: score(engine, part), progress)
                 folder.commit({"n_vocab": engine.n_vocab}, elapsed_s=time.monotonic() - started)
         return ReferenceLogits(folder, tuple(parts), int(folder.manifest()["result"]["n_vocab"]))
+
+
+def open_for(path: Path, parts: Sequence[Scored], *, n_threads: int, n_gpu_layers: int = -1) -> Engine:
+    """An engine that takes every part, in decodes of so many tokens that their logits take 256 MB at most."""
+    longest = max(len(part.tokens) for part in parts)
+    n_vocab = max(1, len(read_header(path).metadata.get("tokenizer.ggml.tokens", ())))
+    n_batch = min(longest, max(16, _DECODE_BYTES // (4 * n_vocab)))
+    # Equal decodes rather than a short one at the end.
+    n_batch = -(-longest // -(-longest // n_batch))
+    return Engine.open(path, n_ctx=longest, n_batch=n_batch, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+
+
+def score(engine: Engine, part: Scored) -> Iterator[Logits]:
+    """The logits of ``part``'s outputs in blocks; each is gone when the next one is asked for."""
+    return engine.logit_blocks(part.tokens, part.outputs, engine.n_batch)
 
 
 def reference_folder(reference: Path, parts: Sequence[Scored]) -> StageFolder:
@@ -165,22 +205,25 @@ def record_into(
     folder: StageFolder,
     parts: Sequence[Scored],
     n_vocab: int,
-    score: Callable[[Scored], Logits],
+    score: Callable[[Scored], Iterable[Logits]],
     progress: Progress = lambda *_: None,
 ) -> None:
-    """Write the logits that ``score`` gives for each part that ``folder`` lacks."""
+    """Write the logits that ``score`` gives, block by block, for each part that ``folder`` lacks."""
     missing = [i for i in range(len(parts)) if not _file(folder, i).is_file()]
     _check_disk(folder.path, sum(len(parts[i].outputs) for i in missing) * row_bytes(n_vocab))
     total = sum(len(part.tokens) for part in parts)
     done = total - sum(len(parts[i].tokens) for i in missing)
     for i in missing:
-        logits = score(parts[i])
-        try:
-            codes = encode_logits(logits)
-        except ValueError as error:
-            raise DynrunError(f"the reference gives {error} on {parts[i].id}", fix="the model is damaged") from error
         with atomic_path(_file(folder, i)) as temporary, temporary.open("wb") as stream:
-            np.save(stream, codes)
+            form = {"descr": "<u2", "fortran_order": False, "shape": (len(parts[i].outputs), _HEAD + n_vocab)}
+            np.lib.format.write_array_header_1_0(stream, form)
+            for block in score(parts[i]):
+                try:
+                    encode_logits(block).tofile(stream)
+                except ValueError as error:
+                    raise DynrunError(
+                        f"the reference gives {error} on {parts[i].id}", fix="the model is damaged"
+                    ) from error
         done += len(parts[i].tokens)
         progress(done, total, "reference")
 

@@ -26,8 +26,13 @@ def _logits(n: int, n_vocab: int, seed: int = 0) -> np.ndarray:
     return rows.astype(np.float32)
 
 
-def _score(part: Scored) -> np.ndarray:
+def _exact(part: Scored) -> np.ndarray:
     return _logits(len(part.outputs), VOCAB, seed=int(part.id.split()[1]))
+
+
+def _score(part: Scored) -> list[np.ndarray]:
+    """In two blocks."""
+    return np.split(_exact(part), [5])
 
 
 @pytest.fixture
@@ -72,8 +77,10 @@ def test_recording_gives_each_parts_logits_back(folder: StageFolder) -> None:
     record_into(folder, PARTS, VOCAB, _score)
     recorded = ReferenceLogits(folder, PARTS, VOCAB)
     for i, part in enumerate(PARTS):
-        exact = _score(part)
-        assert recorded.logits(i) == pytest.approx(np.maximum(exact, exact.max(axis=1, keepdims=True) - 40), abs=1e-3)
+        exact = _exact(part)
+        assert decode_logits(recorded.coded(i).codes) == pytest.approx(
+            np.maximum(exact, exact.max(axis=1, keepdims=True) - 40), abs=1e-3
+        )
     assert sum(path.stat().st_size for path in folder.path.glob("*.npy")) == pytest.approx(recorded.nbytes, rel=0.01)
 
 
@@ -108,7 +115,7 @@ def test_a_disk_too_small_is_said_before_anything_is_scored(
 
 def test_a_reference_with_logits_that_are_not_finite_is_named(folder: StageFolder) -> None:
     with pytest.raises(DynrunError, match="part 0"):
-        record_into(folder, PARTS, VOCAB, lambda part: np.full((8, VOCAB), np.nan, dtype=np.float32))
+        record_into(folder, PARTS, VOCAB, lambda part: [np.full((8, VOCAB), np.nan, dtype=np.float32)])
 
 
 @pytest.mark.parametrize("keep", [0, 100, 5000])
@@ -117,7 +124,7 @@ def test_a_damaged_recording_is_thrown_away_and_said(folder: StageFolder, keep: 
     damaged = folder / "00001.npy"
     damaged.write_bytes(damaged.read_bytes()[:keep])
     with pytest.raises(DynrunError, match="damaged"):
-        ReferenceLogits(folder, PARTS, VOCAB).logits(1)
+        ReferenceLogits(folder, PARTS, VOCAB).coded(1)
     assert not folder.path.exists()
 
 
