@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from dynrun.errors import UsageError
 from dynrun.gguf.header import Header, TensorInfo
@@ -72,12 +73,12 @@ class ModelFacts:
         layers = sum(layer.dense_bytes + layer.expert_bytes for layer in self.layers)
         return layers + self.input_bytes + (0 if self.tied else self.output_bytes)
 
-    @property
+    @cached_property
     def main_type(self) -> str:
         """The tensor type that most bytes are in."""
         return max(self.type_bytes, key=lambda name: self.type_bytes[name])
 
-    @property
+    @cached_property
     def moe_layers(self) -> tuple[int, ...]:
         """The numbers of the layers that have experts."""
         return tuple(number for number, layer in enumerate(self.layers) if layer.expert_bytes)

@@ -8,8 +8,8 @@ layers in RAM; whole layers in RAM; both; nothing on devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from dynrun.runtime.command import argv_of, overrides_of
 from dynrun.runtime.machine import GIB, Device, Machine
@@ -138,68 +138,72 @@ def _best(facts: ModelFacts, machine: Machine, base: Choice, wishes: Wishes) -> 
 
 
 def _candidates(facts: ModelFacts, machine: Machine, base: Choice) -> Iterator[Choice]:
-    """The best member of each family, and of each family's smallest what is left where none fits."""
-    alone = replace(base, mmproj_on_gpu=False)
-    yield from (replace(alone, load_mode=mode) for mode in _load_modes(facts, machine))
+    """The best member of each family."""
+    yield from (replace(base, mmproj_on_gpu=False, load_mode=mode) for mode in _load_modes(facts, machine))
     groups = [machine.devices] if machine.devices else []
     if len(machine.devices) > 1:
         groups += [(device,) for device in machine.devices]
+    caches = tuple(cache_bytes(layer.cache, base) for layer in facts.layers)
     whole, n_moe = facts.n_layer + 1, len(facts.moe_layers)
     for group in groups:
-
-        def fitted(n_gpu_layers: int, n_cpu_moe: int, group: Sequence[Device] = group) -> Choice | None:
-            return _split(facts, machine, group, replace(base, n_gpu_layers=n_gpu_layers, n_cpu_moe=n_cpu_moe))
-
-        yield from _found(fitted(whole, 0))
-        if n_moe:
-            yield from _found(_largest(lambda n: fitted(whole, n_moe - n), n_moe - 1))
-            yield from _found(_largest(lambda n: fitted(n, n_moe), whole - 1, 1))
-        yield from _found(_largest(lambda n: fitted(n, 0), whole - 1, 1))
-
-
-def _found(choice: Choice | None) -> Iterator[Choice]:
-    if choice is not None:
-        yield choice
+        fitted = _Fit(facts, group, base, caches, not machine.unified)
+        families = [
+            [(whole, 0)],
+            [(whole, n) for n in range(n_moe, 0, -1)],
+            [(n, n_moe) for n in range(1, whole) if n_moe],
+            [(n, 0) for n in range(1, whole)],
+        ]
+        found = (_largest(fitted, family) for family in families)
+        yield from (choice for choice in found if choice is not None)
 
 
 def _load_modes(facts: ModelFacts, machine: Machine) -> tuple[LoadMode, ...]:
     return ("read", "mmap-plain") if facts.main_type in machine.repacked else ("mmap",)
 
 
-def _largest(attempt: Callable[[int], Choice | None], most: int, least: int = 0) -> Choice | None:
-    """``attempt`` of the largest number that gives anything, by bisection."""
-    best = attempt(least)
-    if best is None:
-        return None
-    low, high = least, most
+def _largest(fitted: _Fit, family: Sequence[tuple[int, int]]) -> Choice | None:
+    """The last member of a family that fits, by bisection: each takes more of the devices than the one before."""
+    best, low, high = None, 0, len(family)
     while low < high:
-        middle = (low + high + 1) // 2
-        if (found := attempt(middle)) is not None:
-            low, best = middle, found
+        middle = (low + high) // 2
+        if (found := fitted(*family[middle])) is not None:
+            low, best = middle + 1, found
         else:
-            high = middle - 1
+            high = middle
     return best
 
 
-def _split(facts: ModelFacts, machine: Machine, group: Sequence[Device], choice: Choice) -> Choice | None:
-    """``choice`` with its layers dealt out to the devices, or None where they have no room."""
-    where = residence(facts, replace(choice, layers_of=(choice.n_gpu_layers,)))
-    first = facts.n_layer + 1 - choice.n_gpu_layers
-    items = [_layer_bytes(facts, choice, where, number) for number in range(first, facts.n_layer)]
-    items.append(facts.output_bytes)
-    copied = offload_bytes(facts, choice.n_cpu_moe) if where.experts_in_ram and not machine.unified else 0
-    fixed = compute_bytes(facts, choice) + copied
-    rooms = [_room(device) - fixed for device in group]
-    rooms[0] -= mmproj_bytes(choice.mmproj_bytes) if choice.mmproj_on_gpu else 0
-    if min(rooms) < 0 or (counts := _deal(items, rooms)) is None:
-        return None
-    return replace(choice, devices=tuple(device.name for device in group), layers_of=tuple(counts))
+@dataclass(frozen=True)
+class _Fit:
+    """Deals layers out to ``group``; ``caches``: bytes of each layer's cache."""
 
+    facts: ModelFacts
+    group: tuple[Device, ...]
+    base: Choice
+    caches: tuple[int, ...]
+    discrete: bool
 
-def _layer_bytes(facts: ModelFacts, choice: Choice, where: Residence, number: int) -> int:
-    layer = facts.layers[number]
-    experts = 0 if number in where.experts_in_ram else layer.expert_bytes
-    return layer.dense_bytes + experts + cache_bytes(layer.cache, choice)
+    def __call__(self, n_gpu_layers: int, n_cpu_moe: int) -> Choice | None:
+        """The choice with so much on the devices, or None where they have no room."""
+        facts, first = self.facts, self.facts.n_layer + 1 - n_gpu_layers
+        in_ram = facts.moe_layers[len(facts.moe_layers) - n_cpu_moe :] if n_cpu_moe else ()
+        least = in_ram[0] if in_ram else facts.n_layer
+        layers = zip(facts.layers[first:], self.caches[first:], range(first, facts.n_layer), strict=True)
+        items = [
+            layer.dense_bytes + cache + (layer.expert_bytes if number < least else 0) for layer, cache, number in layers
+        ]
+        counts = _deal([*items, facts.output_bytes], self._rooms(n_cpu_moe if in_ram and in_ram[-1] >= first else 0))
+        if counts is None:
+            return None
+        chosen = replace(self.base, n_gpu_layers=n_gpu_layers, n_cpu_moe=n_cpu_moe, layers_of=tuple(counts))
+        return replace(chosen, devices=tuple(device.name for device in self.group))
+
+    def _rooms(self, n_cpu_moe: int) -> list[int]:
+        copied = offload_bytes(self.facts, n_cpu_moe) if self.discrete else 0
+        fixed = compute_bytes(self.facts, self.base) + copied
+        rooms = [_room(device) - fixed for device in self.group]
+        rooms[0] -= mmproj_bytes(self.base.mmproj_bytes) if self.base.mmproj_on_gpu else 0
+        return rooms
 
 
 def _room(device: Device) -> int:
@@ -209,7 +213,7 @@ def _room(device: Device) -> int:
 def _deal(items: Sequence[int], rooms: Sequence[int]) -> list[int] | None:
     """How many of ``items``, in order, go to each device: in proportion to the rooms, else as many as fit each."""
     total, room = sum(items), sum(rooms)
-    if total > room:
+    if min(rooms) < 0 or total > room:
         return None
     for limits in ([total * size // room + 1 for size in rooms], rooms):
         counts, rest = [0] * len(rooms), list(items)

@@ -13,7 +13,7 @@ from dynrun.runtime.machine import Basis, Machine
 from dynrun.runtime.memory import cell_bytes
 from dynrun.runtime.model_facts import ModelFacts
 from dynrun.runtime.placement import Choice
-from dynrun.runtime.residence import CPU, Residence
+from dynrun.runtime.residence import CPU, Residence, residence
 
 # Parts of the peak bandwidth that llama.cpp reaches with one slot.
 _DEVICE_SHARE, _CPU_SHARE = 0.70, 0.85
@@ -33,42 +33,51 @@ class Speed:
     bytes_per_token: int
 
 
-def token_bytes(facts: ModelFacts, choice: Choice, found: Residence) -> dict[int, int]:
+def token_bytes(facts: ModelFacts, choice: Choice, where: Residence) -> dict[int, int]:
     """Bytes that one token reads from each device: weights, of experts the chosen ones, and
     the cache of ``DEPTH`` tokens, or of half the context where that is less."""
     read = {CPU: facts.input_row_bytes}
     depth = min(choice.n_ctx // 2, DEPTH)
     share = min(facts.n_expert_used / facts.n_expert, 1.0) if facts.n_expert else 1.0
     for number, layer in enumerate(facts.layers):
-        here, there = found.layer_on[number], found.experts_on(number)
+        here, there = where.layer_on[number], where.experts_on(number)
         seen = min(depth, layer.cache.window or depth)
         cache = seen * cell_bytes(layer.cache, choice) + 4 * layer.cache.state
         read[here] = read.get(here, 0) + layer.dense_bytes + cache
         read[there] = read.get(there, 0) + int(layer.expert_bytes * share)
-    read[found.output_on] = read.get(found.output_on, 0) + facts.output_bytes
+    read[where.output_on] = read.get(where.output_on, 0) + facts.output_bytes
     return read
 
 
-def predict(facts: ModelFacts, choice: Choice, found: Residence, machine: Machine, missing_share: float = 0.0) -> Speed:
+def predict(facts: ModelFacts, choice: Choice, where: Residence, machine: Machine, missing_share: float = 0.0) -> Speed:
     """Speed of one slot. ``missing_share``: of the weights in RAM the part that RAM has no room for, read from disk."""
-    read = token_bytes(facts, choice, found)
+    read = token_bytes(facts, choice, where)
+    factor = next((machine.calibration[kind] for kind in kinds_of(facts, where) if kind in machine.calibration), None)
+    seconds = _seconds(facts, choice, where, machine, read) / (factor or 1.0)
+    seconds += read[CPU] * missing_share / machine.disk_bytes_per_s
+    return Speed(1 / seconds, "estimated" if factor is None else "calibrated", sum(read.values()))
+
+
+def raw_speed(facts: ModelFacts, choice: Choice, machine: Machine) -> float:
+    """Tokens per second as predicted without a calibration."""
+    where = residence(facts, choice)
+    return 1 / _seconds(facts, choice, where, machine, token_bytes(facts, choice, where))
+
+
+def kinds_of(facts: ModelFacts, where: Residence) -> tuple[str, str]:
+    """What a calibration is for, the closest first: where the model is and its tensor type; where it is."""
+    mixed = where.experts_in_ram or CPU in where.layer_on
+    place = "cpu" if not where.used else "mixed" if mixed else "gpu"
+    return f"{place}:{facts.main_type}", place
+
+
+def _seconds(facts: ModelFacts, choice: Choice, where: Residence, machine: Machine, read: dict[int, int]) -> float:
     devices = machine.named(choice.devices)
-    seconds = read[CPU] / _cpu_bytes_per_s(facts, machine) + read[CPU] * missing_share / machine.disk_bytes_per_s
+    seconds = read[CPU] / _cpu_bytes_per_s(facts, machine)
     for device, nbytes in read.items():
         if device != CPU:
             seconds += nbytes / (devices[device].bytes_per_s * _DEVICE_SHARE)
-    seconds += _LAYER_S * sum(place != CPU for place in found.layer_on) + _HANDOVER_S * _handovers(found)
-    kind = kind_of(found)
-    factor = machine.calibration.get(kind, 1.0)
-    basis: Basis = "calibrated" if kind in machine.calibration else "estimated"
-    return Speed(factor / seconds if seconds else 0.0, basis, sum(read.values()))
-
-
-def kind_of(found: Residence) -> str:
-    """What a calibration is for: a machine is off by one factor on its CPU, by another on its devices."""
-    if not found.used:
-        return "cpu"
-    return "mixed" if found.experts_in_ram or CPU in found.layer_on else "gpu"
+    return seconds + _LAYER_S * sum(place != CPU for place in where.layer_on) + _HANDOVER_S * _handovers(where)
 
 
 def _cpu_bytes_per_s(facts: ModelFacts, machine: Machine) -> float:
@@ -76,8 +85,8 @@ def _cpu_bytes_per_s(facts: ModelFacts, machine: Machine) -> float:
     return min(machine.ram_bytes_per_s * _CPU_SHARE, machine.cores * per_core)
 
 
-def _handovers(found: Residence) -> int:
+def _handovers(where: Residence) -> int:
     """How often one token's activations go from one memory to another: to experts in RAM and back, between runs."""
-    places = [*found.layer_on, found.output_on]
+    places = [*where.layer_on, where.output_on]
     between = sum(a != b for a, b in pairwise(places))
-    return between + 2 * len(found.experts_in_ram)
+    return between + 2 * len(where.experts_in_ram)
