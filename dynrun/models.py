@@ -1,11 +1,12 @@
 """Resolve MODEL, as every command takes it, to a file.
 
-A path; a built-in name (``demo``, ``demo-moe``), which means its F16 reference; ``name:LABEL``, a file that `make`
-made of a built-in model.
+A path; a folder of safetensors, which is converted; a built-in name (``demo``, ``demo-moe``), which means its F16
+reference; ``name:LABEL``, a file that `make` made of a built-in model.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,23 +23,46 @@ from dynrun.paths import models_dir
 
 @dataclass(frozen=True)
 class Model:
-    """A model on this machine. ``name`` is what the user called it, or the file's stem."""
+    """A model on this machine. ``name`` is what the user called it, or the file's stem.
+
+    ``released``: converted from what its makers released, in whatever precision that is.
+    """
 
     name: str
     path: Path
+    released: bool = False
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The full-precision model that everything is measured against."""
+    """The full-precision model that everything is measured against.
+
+    ``quantized``: the label of the file that it was unpacked from, where nothing better was given: what is measured is
+    the divergence from that file.
+    """
 
     name: str
     header: Header
     sha256: str
+    quantized: str = ""
 
     @property
     def path(self) -> Path:
         return self.header.path
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What the metadata of a file made of it says: of a quantized reference, that it was one."""
+        return {"dynrun.reference.quantized": self.quantized} if self.quantized else {}
+
+    @property
+    def warning(self) -> str:
+        """What people must know of numbers measured against it; "" mostly."""
+        if not self.quantized:
+            return ""
+        return (
+            f"the reference is itself quantized ({self.quantized}): divergences are from that file, not from the model"
+        )
 
 
 @dataclass(frozen=True)
@@ -60,6 +84,8 @@ def resolve(model: str) -> Model:
     path = Path(model).expanduser()
     if path.is_file():
         return Model(path.stem, path.resolve())
+    if path.is_dir() and model not in BUILTIN:
+        return _converted(path)
     if model in BUILTIN:
         return Model(model, ensure_builtin(model))
     name, colon, label = model.partition(":")
@@ -72,21 +98,38 @@ def resolve(model: str) -> Model:
     raise NotFoundError(f"no model {model!r} on this machine", fix=hint)
 
 
-def open_reference(model: str) -> Reference:
-    """MODEL as a reference to quantize from.
+def _converted(folder: Path) -> Model:
+    """The reference of a folder of safetensors, converted first. Raises NotFoundError where it holds no model."""
+    from dynrun.convert.folder import is_model_folder
+    from dynrun.convert.stage import Wishes, convert
 
-    Raises UsageError where it is quantized already, or is no language model.
+    if not is_model_folder(folder):
+        raise NotFoundError(f"{folder} holds no model", fix="give a GGUF, or a folder of safetensors with config.json")
+    converted = convert(folder, Wishes(), _say)
+    return Model(converted.source.name, converted.path, released=True)
+
+
+def _say(text: str) -> None:
+    """A line of narration, of what takes long where nobody expects it."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def open_reference(model: str) -> Reference:
+    """MODEL as a reference to quantize from; a quantized one is unpacked, and the reference says so.
+
+    Raises UsageError where it is no language model.
     """
     found = resolve(model)
     header = read_header(found.path)
     if not header.architecture or header.metadata.get("general.type", "model") != "model":
         raise UsageError(f"{found.path} holds no language model", fix="give a GGUF of a model")
-    if coarse := sorted({t.type for t in quantizable(header).values() if t.type not in FULL_PRECISION}):
-        raise UsageError(
-            f"{found.path} is already quantized ({', '.join(coarse)})",
-            fix="start from an F16, BF16 or F32 GGUF of the model",
-        )
-    return Reference(found.name, header, sha256_file(found.path))
+    if all(tensor.type in FULL_PRECISION for tensor in quantizable(header).values()):
+        return Reference(found.name, header, sha256_file(found.path))
+    from dynrun.convert.dequantize import dequantized
+
+    unpacked = dequantized(found.path, _say)
+    quantized = "" if found.released else label_of(header)
+    return Reference(found.name, read_header(unpacked), sha256_file(unpacked), quantized)
 
 
 def made_path(name: str, label: str) -> Path:

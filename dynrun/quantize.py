@@ -107,7 +107,7 @@ def fixed_bytes(reference: Reference, imatrix: ImatrixStage, label: str) -> int:
 
 def _metadata_bytes(reference: Reference, imatrix: ImatrixStage, label: str) -> int:
     strings, numbers = _imatrix_metadata(imatrix)
-    strings |= scheme_metadata("0" * 64, "0" * 64, label)
+    strings |= scheme_metadata("0" * 64, "0" * 64, label) | reference.provenance
     return metadata_bytes(reference.header, strings, numbers)
 
 
@@ -179,6 +179,7 @@ def write_from_scheme(
     (folder / _SCHEME_FILE).write_text(render(scheme), encoding="utf-8")
     tools.write_tensor_types(scheme.types, folder / _TYPES_FILE)
     strings = scheme_metadata(sha256(scheme), imatrix.sha256, scheme.label, scheme.feedback)
+    strings |= reference.provenance
     ftype, source = nearest_ftype(scheme.label), reference.path
     if feedback and scheme.feedback:
         source = folder / _ROUNDED_FILE
@@ -243,7 +244,7 @@ def nearest_ftype(label: str) -> str:
 
 def _common_inputs(reference: Reference, imatrix: ImatrixStage) -> dict[str, Any]:
     return {
-        "reference": reference.sha256,
+        "reference": reference.sha256 + reference.quantized,
         "imatrix": imatrix.sha256,
         "llama_cpp": installation().commit,
         "dynrun": __version__,

@@ -92,6 +92,8 @@ def run_make(
     )
     for note in notes(made.imatrix):
         say(note)
+    if made.reference.warning:
+        say(f"mind: {made.reference.warning}")
     return made
 
 
@@ -145,6 +147,7 @@ def to_json(made: Made) -> dict[str, Any]:
         "report": str(made.report.page),
         "card": str(made.report.card),
         "reference": str(made.reference.path),
+        "reference_quantized": made.reference.quantized,
         "imatrix": str(made.imatrix.path),
         "size_bytes": made.size_bytes,
         "bpw": row.bpw,
@@ -216,6 +219,8 @@ def show(made: Made) -> None:
     console = Console(highlight=False, width=110)
     console.print()
     console.print(table)
+    if made.reference.warning:
+        console.print(f"\nMind: {made.reference.warning}.")
     if made.ratio is not None:
         low, high = made.ratio.ci95
         console.print(f"\nKLD ratio {made.ratio.value:.3f} ({low:.3f}–{high:.3f}): dynrun's over the stock preset's,")

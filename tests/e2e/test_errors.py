@@ -45,14 +45,6 @@ def test_a_truncated_gguf(tiny: Path) -> None:
     assert "not a whole GGUF: it is truncated" in ran.error
 
 
-def test_a_quantized_reference(tiny: Path, tmp_path: Path, scheme: Path) -> None:
-    out = tmp_path / "out.gguf"
-    assert dynrun("quantize", tiny, scheme, *SMALL[:4], "--out", out).exit_code == 0
-    ran = dynrun("make", out, "--quant", "Q4_K_M", *SMALL)
-    assert ran.exit_code == 2
-    assert "already quantized" in ran.error
-
-
 def test_a_scheme_for_another_architecture(tiny: Path, scheme: Path) -> None:
     scheme.write_text(scheme.read_text().replace('architecture = "llama"', 'architecture = "qwen2"'))
     ran = dynrun("quantize", tiny, scheme, *SMALL[:4])
