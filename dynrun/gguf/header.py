@@ -1,13 +1,14 @@
 """Read the header of a GGUF: metadata, tensor infos, where the data lies.
 
-Takes a file, gives a :class:`Header`; nothing of the weights is read. Every count and length in the file is checked
-against the file's size before it is believed. Format: docs/gguf.md of ggml; ggml/src/gguf.cpp.
+Takes a file, or a function that reads ranges of one that is elsewhere; gives a :class:`Header`; nothing of the weights
+is read. Every count and length in the file is checked against the file's size before it is believed, and all of it
+against budgets, so that a hostile file costs bounded memory and time. Format: docs/gguf.md of ggml; ggml/src/gguf.cpp.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from dynrun.gguf.tensor_types import TYPE_OF_ID
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
-_WINDOW = 1 << 20
+# Bytes read at once: few at first, as the header of a shard is small, and twice as many each time.
+_FIRST_WINDOW, _LAST_WINDOW = 1 << 18, 1 << 21
 _MAX_NESTING = 4
 # Far above any model (a vocabulary has under a million entries), far below what a hostile file could ask for.
 _MAX_STRING, _MAX_ARRAY = 1 << 26, 1 << 24
+# Of the whole header: bytes, values in arrays (a large vocabulary and its merges are two million), entries, tensors.
+_MAX_BYTES, _MAX_VALUES, _MAX_ENTRIES, _MAX_TENSORS = 1 << 27, 1 << 23, 1 << 16, 1 << 18
+# Bytes [offset, offset + length) of a file, fewer at its end.
+Read = Callable[[int, int], bytes]
 DEFAULT_ALIGNMENT = 32
 PREAMBLE_BYTES = 24  # magic, version, number of tensors, number of entries
 
@@ -79,11 +85,25 @@ def read_header(path: Path) -> Header:
         raise NotFoundError(f"{path} does not exist", fix="check the path")
     try:
         with path.open("rb") as stream:
-            return _parse(path, _Reader(stream, path.stat().st_size))
-    except _BadFileError as error:
-        raise DynrunError(f"{path} is not a whole GGUF: {error}", fix="download or make it again") from error
+
+            def read(offset: int, length: int) -> bytes:
+                stream.seek(offset)
+                return stream.read(length)
+
+            return parse_header(path, read, path.stat().st_size)
     except OSError as error:
         raise DynrunError(f"{path} cannot be read: {error.strerror}", fix="check its permissions") from error
+
+
+def parse_header(path: Path, read: Read, size: int) -> Header:
+    """The header of a GGUF of ``size`` bytes that is called ``path``, wherever it is; ``read`` gives ranges of it.
+
+    Raises DynrunError where it is no whole GGUF, and whatever ``read`` raises.
+    """
+    try:
+        return _parse(path, _Reader(read, size))
+    except _BadFileError as error:
+        raise DynrunError(f"{path} is not a whole GGUF: {error}", fix="download or make it again") from error
 
 
 class _BadFileError(Exception):
@@ -91,11 +111,12 @@ class _BadFileError(Exception):
 
 
 class _Reader:
-    """Sequential reads through a window; raises _BadFileError past the end."""
+    """Sequential reads through a window; raises _BadFileError past the end and past the budgets."""
 
-    def __init__(self, stream: Any, size: int) -> None:
-        self.stream, self.size = stream, size
+    def __init__(self, read: Read, size: int) -> None:
+        self.read, self.size = read, size
         self.window, self.start, self.at = b"", 0, 0
+        self.ahead, self.n_values = _FIRST_WINDOW, 0
 
     @property
     def position(self) -> int:
@@ -109,14 +130,21 @@ class _Reader:
         if n > self.left:
             raise _BadFileError("it ends in the middle of its header")
         if self.at + n > len(self.window):
-            rest = self.window[self.at :]
-            self.start, self.at = self.position, 0
-            self.window = rest + self.stream.read(max(n - len(rest), _WINDOW))
-            if len(self.window) < n:
-                raise _BadFileError("it became shorter while it was read")
+            self._advance(n)
         data = self.window[self.at : self.at + n]
         self.at += n
         return data
+
+    def _advance(self, n: int) -> None:
+        if self.position + n > _MAX_BYTES:
+            raise _BadFileError(f"its header has more than {_MAX_BYTES >> 20} MiB")
+        rest = self.window[self.at :]
+        self.start, self.at = self.position, 0
+        begin = self.start + len(rest)
+        self.window = rest + self.read(begin, min(max(n - len(rest), self.ahead), self.size - begin))
+        self.ahead = min(self.ahead * 2, _LAST_WINDOW)
+        if len(self.window) < n:
+            raise _BadFileError("it became shorter while it was read")
 
     def scalar(self, form: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
@@ -138,6 +166,9 @@ class _Reader:
         smallest = struct.calcsize(_SCALARS[of]) if of in _SCALARS else 8
         if n > _MAX_ARRAY or n * smallest > self.left:
             raise _BadFileError(f"an array of {n} values in the {self.left} bytes that are left")
+        self.n_values += n
+        if self.n_values > _MAX_VALUES:
+            raise _BadFileError(f"its arrays have more than {_MAX_VALUES} values")
         if of in _SCALARS:
             return list(struct.unpack(f"<{n}{_SCALARS[of][1]}", self.take(n * smallest)))
         return [self.value(of, nesting + 1) for _ in range(n)]
@@ -153,6 +184,8 @@ def _parse(path: Path, reader: _Reader) -> Header:
     # The smallest entry: an empty key and a one-byte value; an empty name and no dimensions.
     if n_kv * 13 + n_tensors * 24 > reader.left:
         raise _BadFileError(f"{n_kv} metadata entries and {n_tensors} tensors in {reader.size} bytes")
+    if n_kv > _MAX_ENTRIES or n_tensors > _MAX_TENSORS:
+        raise _BadFileError(f"{n_kv} metadata entries and {n_tensors} tensors are more than any model has")
     metadata, kv_bytes = _metadata(reader, n_kv)
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):

@@ -51,7 +51,7 @@ def read_shards(path: Path) -> tuple[Header, ...]:
             f"{missing[0]} does not exist, one of the {count} shards of the model", fix="put all shards into one folder"
         )
     headers = tuple(map(read_header, paths))
-    _check(headers)
+    check(headers)
     return headers
 
 
@@ -61,10 +61,14 @@ def read_whole_header(path: Path) -> Header:
     ``path`` is the first shard's, ``file_bytes`` all shards', and a tensor's ``offset`` that in its own shard. Raises
     what :func:`read_shards` raises.
     """
-    headers = read_shards(path)
-    if len(headers) == 1:
-        return headers[0]
+    return join(read_shards(path))
+
+
+def join(headers: tuple[Header, ...]) -> Header:
+    """All shards' headers, which belong together, as :func:`read_whole_header` gives them."""
     first = headers[0]
+    if len(headers) == 1:
+        return first
     return replace(
         first,
         metadata={key: value for key, value in first.metadata.items() if key not in SPLIT_KEYS},
@@ -74,7 +78,8 @@ def read_whole_header(path: Path) -> Header:
     )
 
 
-def _check(headers: tuple[Header, ...]) -> None:
+def check(headers: tuple[Header, ...]) -> None:
+    """Raise DynrunError where the headers are not those of all shards of one model, in order."""
     tensors: dict[str, TensorInfo] = {}
     for index, header in enumerate(headers):
         finding = ""
