@@ -16,6 +16,7 @@ from dynrun.report.text import visible
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual|code")
+_TAG = re.compile(r"[\w.:+-]{1,64}", re.ASCII)
 _TAGS = ("gguf", "quantized", "imatrix", "llama.cpp", "dynrun")
 _MAX_NAME = 96
 
@@ -31,18 +32,34 @@ def card_of(metadata: Mapping[str, Any], repository: str = "") -> Card:
 
     def text(key: str) -> str:
         value = metadata.get(key)
-        return visible(value.strip())[: 2 * _MAX_NAME] if isinstance(value, str) else ""
+        return value.strip() if isinstance(value, str) else ""
 
-    license_id = text("general.license").lower()
-    other = license_id and license_id not in _licenses()
     languages = metadata.get("general.languages")
     found = [one for one in languages if isinstance(one, str)] if isinstance(languages, list | tuple) else []
+    return _accepted(
+        Card(
+            base_model=_repository(repository) or _source(text),
+            license=text("general.license"),
+            license_name=text("general.license.name"),
+            license_link=text("general.license.link"),
+            languages=tuple(found),
+        )
+    )
+
+
+def _accepted(card: Card) -> Card:
+    """What the Hub takes of ``card``: a licence that it does not know is "other", with a name; all else is left out."""
+    known = card.license.lower()
+    other = bool(known) and known not in _licenses()
+    name = visible(card.license_name or ("" if known == "other" else card.license))[:_MAX_NAME]
     return Card(
-        base_model=_repository(repository) or _source(text),
-        license="other" if other else license_id,
-        license_name=(text("general.license.name") or license_id)[:_MAX_NAME] if other else "",
-        license_link=_link(text("general.license.link")) if other else "",
-        languages=tuple(one for one in found if _LANGUAGE.fullmatch(one)),
+        base_model=_repository(card.base_model),
+        license="other" if other else known,
+        license_name=name if other else "",
+        license_link=_link(card.license_link) if other else "",
+        languages=tuple(one for one in card.languages if _LANGUAGE.fullmatch(one)),
+        tags=tuple(one for one in card.tags if _TAG.fullmatch(one)),
+        pipeline_tag=card.pipeline_tag if _TAG.fullmatch(card.pipeline_tag) else "",
     )
 
 
@@ -65,7 +82,7 @@ def front_matter(report: Report) -> str:
     """The YAML between the two lines of dashes, these included."""
     from huggingface_hub import ModelCardData
 
-    card = report.card
+    card = _accepted(report.card)
     known: dict[str, Any] = {
         "base_model": card.base_model or None,
         "base_model_relation": "quantized" if card.base_model else None,

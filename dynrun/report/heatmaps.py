@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-_MAX_LAYERS, _MAX_WIDTH = 40, 14.0
-_ROW, _COLUMN = 0.17, 0.62
+_MAX_LAYERS, _MAX_WIDTH, _MAX_NAME = 40, 14.0, 24
+# Inches: of a cell, and of a letter over it.
+_ROW, _COLUMN, _LETTER = 0.17, 0.62, 0.08
 # Bits per weight at the ends of the colours.
 _LEAST_BITS, _MOST_BITS = 1.5, 8.5
 _UNKNOWN = "#e0e0e0"
@@ -90,7 +91,7 @@ def _maps(cells: Mapping[str, _Cell], legend: _Legend, name: str, title: str, ca
         figure = _figure(cells, part, kinds, sorted(outside) if index == 1 else [], legend)
         one = f"{name}-{index}" if len(parts) > 1 else name
         heading = f"{title}, layers {part[0]} to {part[-1]}" if len(parts) > 1 else title
-        figure.suptitle(label(heading, 70), fontsize="medium")
+        figure.suptitle(label(heading, 60), fontsize="medium")
         found.append(finished(figure, one, heading, caption))
     return found
 
@@ -100,24 +101,37 @@ def _figure(
 ) -> Figure:
     columns, rows = max(len(kinds), len(outside)), len(layers)
     width = min(max(1.6 + _COLUMN * columns, 4.5), _MAX_WIDTH)
+    across = width - 1.6
     heights = ([1.0] if outside else []) + ([float(rows)] if rows else [])
-    figure = new_figure(1.3 + _ROW * (rows + (3 if outside else 0)), width)
+    over = [_over(heads, across) for heads in (outside, kinds if rows else ()) if heads]
+    figure = new_figure(0.8 + sum(over) + _ROW * sum(heights), width)
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0].tolist()
     if outside:
-        _grid(axes[0], [[cells[tensor] for tensor in outside]], [_short(t) for t in outside], legend)
+        _grid(axes[0], [[cells[tensor] for tensor in outside]], outside, legend, across)
         axes[0].set_yticks([])
     if rows:
         table = [[cells.get(f"blk.{layer}.{kind}") for kind in kinds] for layer in layers]
-        _grid(axes[-1], table, [_short(kind) for kind in kinds], legend)
+        _grid(axes[-1], table, kinds, legend, across)
         axes[-1].set_yticks(range(rows), [str(layer) for layer in layers])
         axes[-1].set_ylabel("layer")
     _colour_bar(figure, axes, legend)
     return figure
 
 
-def _grid(axes: Axes, table: Sequence[Sequence[_Cell | None]], heads: Sequence[str], legend: _Legend) -> None:
+def _over(heads: Sequence[str], across: float) -> float:
+    """Inches that the names above ``heads``' columns take: as much as the longest where they must stand upright."""
+    longest = _LETTER * max(len(_short(head)) for head in heads)
+    return longest + 0.2 if longest > across / len(heads) else 0.3
+
+
+def _grid(
+    axes: Axes, table: Sequence[Sequence[_Cell | None]], heads: Sequence[str], legend: _Legend, across: float
+) -> None:
     values = np.array([[np.nan if cell is None else cell.value for cell in row] for row in table])
-    axes.imshow(values, cmap=_colours(), norm=legend.norm, aspect="auto", interpolation="nearest")
+    # Not imshow, which puts a coarse bitmap into the SVG.
+    edges = np.arange(-0.5, len(heads)), np.arange(-0.5, len(table))
+    axes.pcolormesh(*edges, np.ma.masked_invalid(values), cmap=_colours(), norm=legend.norm)
+    axes.invert_yaxis()
     for y, row in enumerate(table):
         for x, cell in enumerate(row):
             if cell is not None:
@@ -125,11 +139,12 @@ def _grid(axes: Axes, table: Sequence[Sequence[_Cell | None]], heads: Sequence[s
                 ink = "white" if float(legend.norm(cell.value)) < 0.45 else "black"
                 text = axes.text(x, y, cell.text, ha="center", va="center", color=ink, fontsize=6)
                 text.set_in_layout(False)
-    axes.set_xticks(range(len(heads)), [label(head, 20) for head in heads], rotation=90 if len(heads) > 6 else 0)
+    upright = _over(heads, across) > 0.3
+    axes.set_xticks(range(len(heads)), [_short(head) for head in heads], rotation=90 if upright else 0)
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize="x-small")
-    axes.set_xticks(np.arange(-0.5, len(heads)), minor=True)
-    axes.set_yticks(np.arange(-0.5, len(table)), minor=True)
+    axes.set_xticks(edges[0], minor=True)
+    axes.set_yticks(edges[1], minor=True)
     axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="minor", length=0)
     for side in axes.spines.values():
@@ -154,4 +169,4 @@ def _colour_bar(figure: Figure, axes: Sequence[Axes], legend: _Legend) -> None:
 
 
 def _short(name: str) -> str:
-    return name.removesuffix(".weight")
+    return label(name.removesuffix(".weight"), _MAX_NAME)

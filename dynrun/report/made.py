@@ -15,7 +15,7 @@ from dynrun.evaluation.compare import Named, compare
 from dynrun.evaluation.kld import Row
 from dynrun.models import Reference
 from dynrun.report.compared import compared_report
-from dynrun.report.data import Report
+from dynrun.report.data import FileResult, Report
 from dynrun.report.text import kld
 from dynrun.scheme import Scheme, sha256
 
@@ -40,17 +40,27 @@ def made_report(made: MadeFile, stock: Mapping[str, Row], commands: Sequence[str
     presets = [Named(ftype, row, "same") for ftype, row in stock.items()]
     compared = compare(made.reference.path, [TEXT], [own], presets)
     report = compared_report(compared, made.reference.name, commands=commands)
-    file = replace(report.files[0], file=made.files[0].name)
-    if len(made.files) > 1:
-        # The hash is of the whole file; what is published are its shards.
-        file = replace(file, file=f"{file.file} and {len(made.files) - 1} more", sha256="")
+    file = renamed(report.files[0], made.files)
     return replace(
         report,
         files=(file, *report.files[1:]),
         provenance=(*report.provenance, *_provenance(made)),
         slopes=made.scheme.slopes,
-        notes=(*report.notes, *([f"Mind: {warning}."] if (warning := made.reference.warning) else [])),
+        notes=(*report.notes, *warnings(made.reference)),
     )
+
+
+def renamed(result: FileResult, files: Sequence[Path]) -> FileResult:
+    """``result`` under the names that the file was published as."""
+    if len(files) == 1:
+        return replace(result, file=files[0].name)
+    # The hash is of the whole file; what is published are its shards.
+    return replace(result, file=f"{files[0].name} and {len(files) - 1} more", sha256="")
+
+
+def warnings(reference: Reference) -> tuple[str, ...]:
+    """What a reader must know of numbers measured against ``reference``."""
+    return (f"Mind: {reference.warning}.",) if reference.warning else ()
 
 
 def _provenance(made: MadeFile) -> tuple[tuple[str, str], ...]:
