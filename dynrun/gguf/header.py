@@ -24,7 +24,7 @@ _MAX_NESTING = 4
 # Far above any model (a vocabulary has under a million entries), far below what a hostile file could ask for.
 _MAX_STRING, _MAX_ARRAY = 1 << 26, 1 << 24
 # Of the whole header: bytes, values in arrays (a large vocabulary and its merges are two million), entries, tensors.
-_MAX_BYTES, _MAX_VALUES, _MAX_ENTRIES, _MAX_TENSORS = 1 << 27, 1 << 23, 1 << 16, 1 << 18
+_MAX_BYTES, _MAX_VALUES, _MAX_ENTRIES, _MAX_TENSORS = 1 << 27, 1 << 22, 1 << 16, 1 << 18
 # Bytes [offset, offset + length) of a file, fewer at its end.
 Read = Callable[[int, int], bytes]
 DEFAULT_ALIGNMENT = 32
@@ -155,6 +155,23 @@ class _Reader:
             raise _BadFileError(f"a text of {n} bytes in the {self.left} bytes that are left")
         return self.take(n).decode("utf-8", "replace")
 
+    def _strings(self, n: int) -> list[str]:
+        """``n`` strings; those in the window without a call for each, as a vocabulary has hundreds of thousands."""
+        found: list[str] = []
+        length_at = struct.Struct("<Q").unpack_from
+        while len(found) < n:
+            window, at, end = self.window, self.at, len(self.window)
+            for _ in range(n - len(found)):
+                if at + 8 > end or (stop := at + 8 + length_at(window, at)[0]) > end:
+                    break
+                found.append(window[at + 8 : stop].decode("utf-8", "replace"))
+                at = stop
+            self.at = at
+            if len(found) < n:
+                # The next one crosses the window's end.
+                found.append(self.string())
+        return found
+
     def value(self, kind: int, nesting: int = 0) -> Any:
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
@@ -171,6 +188,8 @@ class _Reader:
             raise _BadFileError(f"its arrays have more than {_MAX_VALUES} values")
         if of in _SCALARS:
             return list(struct.unpack(f"<{n}{_SCALARS[of][1]}", self.take(n * smallest)))
+        if of == _STRING:
+            return self._strings(n)
         return [self.value(of, nesting + 1) for _ in range(n)]
 
 
