@@ -12,6 +12,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MERGES = ("Ġ t", "h e")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -29,6 +30,7 @@ def write_tiny_llama(
     n_ctx_train: int = 2048,
     tied: bool = False,
     chat_template: str | None = CHAT_TEMPLATE,
+    merges: tuple[str, ...] = MERGES,
     seed: int = 0,
 ) -> Path:
     """Write an F16 model (norms and routers F32) with a byte-level vocabulary; the same arguments, the same bytes."""
@@ -45,7 +47,7 @@ def write_tiny_llama(
     if n_expert:
         writer.add_expert_count(n_expert)
         writer.add_expert_used_count(n_expert_used)
-    _add_tokenizer(writer, n_vocab, chat_template)
+    _add_tokenizer(writer, n_vocab, chat_template, merges)
     n_kv = n_embd // n_head * n_head_kv
     shapes = {"token_embd": (n_vocab, n_embd), "output_norm": (n_embd,)}
     if not tied:
@@ -94,8 +96,8 @@ def _weight(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> A
     return values.astype(np.float32 if name.endswith("ffn_gate_inp") else np.float16)
 
 
-def _add_tokenizer(writer: GGUFWriter, n_vocab: int, chat_template: str | None) -> None:
-    tokens = [*_byte_characters(), "Ġt", "he", *SPECIAL_TOKENS]
+def _add_tokenizer(writer: GGUFWriter, n_vocab: int, chat_template: str | None, merges: tuple[str, ...]) -> None:
+    tokens = [*_byte_characters(), *(merge.replace(" ", "") for merge in merges), *SPECIAL_TOKENS]
     first_special = len(tokens) - len(SPECIAL_TOKENS)
     if n_vocab < len(tokens):
         raise ValueError(f"n_vocab is at least {len(tokens)}")
@@ -107,7 +109,7 @@ def _add_tokenizer(writer: GGUFWriter, n_vocab: int, chat_template: str | None) 
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(["Ġ t", "h e"])
+    writer.add_token_merges(list(merges))
     writer.add_bos_token_id(first_special + 1)
     writer.add_eos_token_id(first_special + 2)
     writer.add_unk_token_id(first_special)
