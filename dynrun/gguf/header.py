@@ -28,6 +28,8 @@ _MAX_BYTES, _MAX_VALUES, _MAX_ENTRIES, _MAX_TENSORS = 1 << 27, 1 << 22, 1 << 16,
 # Bytes [offset, offset + length) of a file, fewer at its end.
 Read = Callable[[int, int], bytes]
 DEFAULT_ALIGNMENT = 32
+# What differs between quants of one model.
+_OF_A_QUANT = frozenset({"general.file_type", "general.quantization_version"})
 PREAMBLE_BYTES = 24  # magic, version, number of tensors, number of entries
 
 
@@ -106,6 +108,29 @@ def parse_header(path: Path, read: Read, size: int) -> Header:
         raise DynrunError(f"{path} is not a whole GGUF: {error}", fix="download or make it again") from error
 
 
+def parse_sibling(path: Path, read: Read, size: int, donor: Header) -> Header | None:
+    """The header of another quant of ``donor``'s model, whose metadata take megabytes and need not be read again.
+
+    Its tensor infos are looked for where the donor's begin, and must name the same tensors in the same shapes; None
+    where they do not. The metadata are the donor's, without what tells quants apart. Raises what ``read`` raises.
+    """
+    reader = _Reader(read, size)
+    try:
+        _, n_tensors, n_kv = _preamble(reader)
+        if (n_tensors, n_kv) != (len(donor.tensors), len(donor.kv_bytes)):
+            return None
+        # A reader that begins behind the metadata.
+        reader = _Reader(read, size, PREAMBLE_BYTES + sum(donor.kv_bytes.values()))
+        tensors = _tensors(reader, n_tensors, donor.alignment)
+        data_offset = _data_offset(reader, tensors, donor.alignment)
+    except _BadFileError:
+        return None
+    if [(t.name, t.shape) for t in tensors.values()] != [(t.name, t.shape) for t in donor.tensors.values()]:
+        return None
+    metadata = {key: value for key, value in donor.metadata.items() if key not in _OF_A_QUANT}
+    return Header(path, metadata, donor.kv_bytes, tensors, data_offset, size, donor.alignment)
+
+
 class _BadFileError(Exception):
     pass
 
@@ -113,9 +138,9 @@ class _BadFileError(Exception):
 class _Reader:
     """Sequential reads through a window; raises _BadFileError past the end and past the budgets."""
 
-    def __init__(self, read: Read, size: int) -> None:
+    def __init__(self, read: Read, size: int, start: int = 0) -> None:
         self.read, self.size = read, size
-        self.window, self.start, self.at = b"", 0, 0
+        self.window, self.start, self.at = b"", min(start, size), 0
         self.ahead, self.n_values = _FIRST_WINDOW, 0
 
     @property
@@ -194,6 +219,18 @@ class _Reader:
 
 
 def _parse(path: Path, reader: _Reader) -> Header:
+    _, n_tensors, n_kv = _preamble(reader)
+    metadata, kv_bytes = _metadata(reader, n_kv)
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        raise _BadFileError(f"an alignment of {alignment!r:.80}")
+    tensors = _tensors(reader, n_tensors, alignment)
+    data_offset = _data_offset(reader, tensors, alignment)
+    return Header(path, metadata, kv_bytes, tensors, data_offset, reader.size, alignment)
+
+
+def _preamble(reader: _Reader) -> tuple[int, int, int]:
+    """Version, number of tensors, number of metadata entries."""
     if reader.left < PREAMBLE_BYTES or reader.take(4) != b"GGUF":
         raise _BadFileError("it does not begin with GGUF")
     version = reader.scalar("<I")
@@ -205,16 +242,16 @@ def _parse(path: Path, reader: _Reader) -> Header:
         raise _BadFileError(f"{n_kv} metadata entries and {n_tensors} tensors in {reader.size} bytes")
     if n_kv > _MAX_ENTRIES or n_tensors > _MAX_TENSORS:
         raise _BadFileError(f"{n_kv} metadata entries and {n_tensors} tensors are more than any model has")
-    metadata, kv_bytes = _metadata(reader, n_kv)
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
-        raise _BadFileError(f"an alignment of {alignment!r:.80}")
-    tensors = _tensors(reader, n_tensors, alignment)
+    return version, n_tensors, n_kv
+
+
+def _data_offset(reader: _Reader, tensors: Mapping[str, TensorInfo], alignment: int) -> int:
+    """Where the data begin, behind the tensor infos that ``reader`` has read."""
     data_offset = padded(reader.position, alignment)
     for tensor in tensors.values():
         if data_offset + tensor.offset + tensor.nbytes > reader.size:
             raise _BadFileError(f"it is truncated: {tensor.name!r:.80} ends past the end of the file")
-    return Header(path, metadata, kv_bytes, tensors, data_offset, reader.size, alignment)
+    return data_offset
 
 
 def _metadata(reader: _Reader, n: int) -> tuple[dict[str, Any], dict[str, int]]:

@@ -7,15 +7,16 @@ import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynrun.errors import DynrunError, NotFoundError
-from dynrun.gguf.header import Header, parse_header, read_header
+from dynrun.gguf.header import parse_header, read_header
 from dynrun.hub.files import RemoteFile, Variant
-from dynrun.hub.headers import read_remote_header
+from dynrun.hub.headers import HeaderReader
 from tests.tiny import write_tiny_llama
 from tests.unit.test_header import ARRAY, STRING, U8, entry, info, model, text
 
@@ -137,45 +138,87 @@ def test_random_heads_of_files_of_any_size_are_read_or_refused(rest: bytes, size
     assert remote.n_bytes <= 130 << 20
 
 
+class Reader:
+    """Ranges of files in memory, in the place of RangeReader."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.fetched_bytes = data, 0
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, offset: int, length: int) -> bytes:
+        found = self.data[offset : offset + length]
+        self.fetched_bytes += len(found)
+        return found
+
+
+def reader_of(contents: dict[str, bytes]) -> HeaderReader:
+    opened: Any = lambda file: Reader(contents[file.path])  # noqa: E731
+    return HeaderReader(opened)
+
+
+def variant_of(contents: dict[str, bytes], label: str = "Q") -> Variant:
+    return Variant(label, tuple(RemoteFile("o/r", "c", name, len(data), "e") for name, data in contents.items()))
+
+
 class TestShards:
-    def variant(self, monkeypatch: pytest.MonkeyPatch, *shards: bytes) -> Variant:
-        names = [f"m-{n + 1:05}-of-{len(shards):05}.gguf" for n in range(len(shards))]
-        files = tuple(RemoteFile("o/r", "c", name, len(data), "e") for name, data in zip(names, shards, strict=True))
-        contents = dict(zip(names, shards, strict=True))
-
-        class Reader:
-            def __init__(self, file: RemoteFile) -> None:
-                self.data = contents[file.path]
-
-            def __call__(self, offset: int, length: int) -> bytes:
-                return self.data[offset : offset + length]
-
-            def close(self) -> None:
-                pass
-
-        monkeypatch.setattr("dynrun.hub.headers.RangeReader", Reader)
-        return Variant("Q", files)
-
     def shard(self, number: int, count: int, name: str) -> bytes:
-        numbers: tuple[tuple[str, int], ...] = (
-            ("split.no", number),
-            ("split.count", count),
-            ("split.tensors.count", 2),
-        )
+        numbers = (("split.no", number), ("split.count", count), ("split.tensors.count", 2))
         return model(tuple(entry(key, 4, struct.pack("<I", n)) for key, n in numbers), (info(name, (4,)),))
 
-    def test_all_are_one_header(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        shards = (self.shard(0, 2, "a"), self.shard(1, 2, "b"))
-        header: Header = read_remote_header(self.variant(monkeypatch, *shards))
+    def test_all_are_one_header(self) -> None:
+        contents = {"m-1": self.shard(0, 2, "a"), "m-2": self.shard(1, 2, "b")}
+        header = reader_of(contents)(variant_of(contents))
         assert list(header.tensors) == ["a", "b"]
-        assert header.file_bytes == sum(map(len, shards))
+        assert header.file_bytes == sum(map(len, contents.values()))
 
-    def test_shards_of_two_models_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        variant = self.variant(monkeypatch, self.shard(0, 2, "a"), self.shard(1, 2, "a"))
+    def test_shards_of_two_models_are_refused(self) -> None:
+        contents = {"m-1": self.shard(0, 2, "a"), "m-2": self.shard(1, 2, "a")}
         with pytest.raises(DynrunError, match="no shard of its model"):
-            read_remote_header(variant)
+            reader_of(contents)(variant_of(contents))
 
-    def test_missing_shards_are_told_before_anything_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        variant = replace(self.variant(monkeypatch, self.shard(0, 2, "a")), missing=(2, 3))
+    def test_missing_shards_are_told_before_anything_is_read(self) -> None:
+        contents = {"m-1": self.shard(0, 2, "a")}
         with pytest.raises(NotFoundError, match="lacks the shards 2, 3"):
-            read_remote_header(variant)
+            reader_of(contents)(replace(variant_of(contents), missing=(2, 3)))
+
+
+class TestQuantsOfOneRepository:
+    WORDS = b"".join(text(f"token{number:030}") for number in range(50_000))
+
+    def quant(self, ftype: int, kind: int, extra: bytes = b"") -> bytes:
+        entries = [entry("general.file_type", 4, struct.pack("<I", ftype))]
+        entries += [entry("k", ARRAY, struct.pack("<IQ", STRING, 50_000) + self.WORDS)]
+        entries += [extra] if extra else []
+        return model(tuple(entries), (info("a", (256, 4), kind), info("b", (32,), offset=1 << 12)), data=1 << 14)
+
+    def test_the_metadata_are_fetched_once(self) -> None:
+        contents = {"f16": self.quant(1, 1), "q4": self.quant(15, 12), "q6": self.quant(18, 14)}
+        read = reader_of(contents)
+        headers = {name: read(variant_of({name: data})) for name, data in contents.items()}
+        assert {name: header.tensors["a"].type for name, header in headers.items()} == {
+            "f16": "F16",
+            "q4": "Q4_K",
+            "q6": "Q6_K",
+        }
+        assert headers["q6"].metadata["k"][49_999] == f"token{49_999:030}"
+        assert headers["q6"].data_offset == headers["f16"].data_offset
+        assert "general.file_type" not in headers["q6"].metadata
+        assert read.fetched_bytes < len(contents["f16"]) + 4 * (1 << 18)
+
+    @pytest.mark.parametrize("extra", [entry("x", U8, b"\1"), b""])
+    def test_another_model_is_read_whole(self, extra: bytes) -> None:
+        shifted = self.quant(15, 12, extra)
+        if not extra:
+            # As long as the first one, with other tensors.
+            shifted = shifted.replace(text("a"), text("c"))
+        contents = {"f16": self.quant(1, 1), "other": shifted}
+        read = reader_of(contents)
+        read(variant_of({"f16": contents["f16"]}))
+        header = read(variant_of({"other": shifted}))
+        assert header.metadata["general.file_type"] == 15
+        assert set(header.tensors) == ({"a", "b"} if extra else {"c", "b"})
