@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _MAX_LAYERS, _MAX_WIDTH, _MAX_NAME = 40, 14.0, 24
 # Inches: of a cell, and of a letter over it.
-_ROW, _COLUMN, _LETTER = 0.17, 0.62, 0.08
+_ROW, _COLUMN, _LETTER = 0.17, 0.62, 0.06
 # Bits per weight at the ends of the colours.
 _LEAST_BITS, _MOST_BITS = 1.5, 8.5
 _UNKNOWN = "#e0e0e0"
@@ -130,7 +130,8 @@ def _grid(
     values = np.array([[np.nan if cell is None else cell.value for cell in row] for row in table])
     # Not imshow, which puts a coarse bitmap into the SVG.
     edges = np.arange(-0.5, len(heads)), np.arange(-0.5, len(table))
-    axes.pcolormesh(*edges, np.ma.masked_invalid(values), cmap=_colours(), norm=legend.norm)
+    shown = np.ma.masked_invalid(values)
+    axes.pcolormesh(*edges, shown, cmap=_colours(), norm=legend.norm, edgecolors="white", linewidth=0.8)
     axes.invert_yaxis()
     for y, row in enumerate(table):
         for x, cell in enumerate(row):
@@ -143,10 +144,6 @@ def _grid(
     axes.set_xticks(range(len(heads)), [_short(head) for head in heads], rotation=90 if upright else 0)
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize="x-small")
-    axes.set_xticks(edges[0], minor=True)
-    axes.set_yticks(edges[1], minor=True)
-    axes.grid(which="minor", color="white", linewidth=0.8)
-    axes.tick_params(which="minor", length=0)
     for side in axes.spines.values():
         side.set_visible(False)
 
