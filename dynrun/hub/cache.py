@@ -7,6 +7,7 @@ huggingface_hub describes it in file_download.py. `hf cache` and every other pro
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,19 +17,29 @@ from dynrun.errors import DynrunError
 from dynrun.hub.files import RemoteFile
 from dynrun.hub.repository import stays_inside
 
+# Before a model repository's name, whose slash becomes two dashes.
+MODELS = "models--"
+
 
 def cache_folder() -> Path:
-    """HF_HUB_CACHE, or ``hub`` in HF_HOME (it need not exist)."""
-    from huggingface_hub import constants
+    """HF_HUB_CACHE, or ``hub`` in HF_HOME (it need not exist), as constants.py of huggingface_hub has it."""
+    # Not imported for this: `ls` answers at once.
+    if library := sys.modules.get("huggingface_hub.constants"):
+        return Path(library.HF_HUB_CACHE).absolute()
+    if named := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
+        return _expanded(named)
+    if home := os.environ.get("HF_HOME"):
+        return _expanded(home) / "hub"
+    return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface" / "hub"
 
-    return Path(constants.HF_HUB_CACHE).expanduser().absolute()
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.expandvars(path)).expanduser().absolute()
 
 
 def repository_folder(repository: str) -> Path:
     """The folder of a model repository."""
-    from huggingface_hub.file_download import repo_folder_name
-
-    return cache_folder() / repo_folder_name(repo_id=repository, repo_type="model")
+    return cache_folder() / f"{MODELS}{repository.replace('/', '--')}"
 
 
 def blob_path(file: RemoteFile) -> Path:

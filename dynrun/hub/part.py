@@ -121,15 +121,13 @@ class Part:
         return []
 
 
-def stale_parts(blobs: Path, path: str, etag: str) -> list[Path]:
-    """Files on their way into ``blobs`` under the name ``path`` that are not ``etag``: the Hub has another one now.
-
-    Their notes are among them.
-    """
+def stale_parts(blobs: Path, path: str | None, etag: str = "") -> list[Path]:
+    """Files on their way into ``blobs``, and their notes: those of ``path`` (None: of any) that are not ``etag``."""
     found = []
     for note in blobs.glob(f"*{NOTE_SUFFIX}"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             said = json.loads(note.read_text(encoding="utf-8"))
-            if said["path"] == path and said["etag"] != etag:
-                found += [note, note.with_name(note.name.removesuffix(NOTE_SUFFIX) + SUFFIX)]
+            if path in (None, said["path"]) and said["etag"] != etag:
+                data = note.with_name(note.name.removesuffix(NOTE_SUFFIX) + SUFFIX)
+                found += [part for part in (note, data) if part.exists()]
     return found
