@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from textual.dom import DOMNode
@@ -54,7 +55,7 @@ def start_job(
     """
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
-    worker: Worker[None] = node.run_worker(_until(ended), name=name or group, group=group, exclusive=exclusive)
+    worker: Worker[None] = node.run_worker(partial(_until, ended), name=name or group, group=group, exclusive=exclusive)
     job = Job(node, group, name, worker.cancelled_event)
 
     def run() -> None:

@@ -7,6 +7,8 @@ import inspect
 
 import pytest
 
+_LONGEST_S = 180.0
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
@@ -15,5 +17,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     # Those of its fixtures that it names.
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
-    asyncio.run(pyfuncitem.obj(**arguments))
+    # A message that nobody handles would otherwise be waited for until the whole run's limit.
+    asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), _LONGEST_S))
     return True

@@ -79,12 +79,12 @@ async def test_a_chosen_theme_is_remembered_and_the_configuration_goes_first(tmp
 
 
 async def test_keys_are_remapped_by_id() -> None:
-    async with running_app(settings=TuiSettings(keys={"app.theme": "f8", "models.refresh": "g"})) as pilot:
+    async with running_app(settings=TuiSettings(keys={"app.theme": "f8", "models.search": "g"})) as pilot:
         await pilot.press("f9")
         assert pilot.app.current_theme.dark
         await pilot.press("f8")
         await wait_until(pilot, lambda: not pilot.app.current_theme.dark, "the remapped key")
-        await shows(pilot, "g Refresh")
+        await shows(pilot, "g Search")
 
 
 async def test_an_unknown_binding_id_is_told_with_the_nearest() -> None:

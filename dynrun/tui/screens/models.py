@@ -1,49 +1,276 @@
-"""The home of the app: the models on this machine."""
+"""The home of the app: models on this machine, the Hub's search, details of either, downloads."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.widgets import DataTable
+from textual.containers import Container, Vertical
+from textual.dom import DOMNode
+from textual.widgets import ContentSwitcher, DataTable, Input
 
-from dynrun.tui.jobs import Job, start_job
-from dynrun.tui.messages import JobDone, JobFailed
+from dynrun.tui import catalog, pulling
+from dynrun.tui.jobs import running, start_job, stop_jobs
+from dynrun.tui.messages import JobDone, JobFailed, JobStopped, ModelsChanged, Visit
 from dynrun.tui.screens.room import RoomScreen
+from dynrun.tui.unfinished import remember, unfinished
+from dynrun.tui.widgets.download_row import DownloadRow, State
+from dynrun.tui.widgets.downloads import Downloads
+from dynrun.tui.widgets.hit_table import HitTable
+from dynrun.tui.widgets.model_details import ModelDetails
+from dynrun.tui.widgets.model_table import ModelTable
+from dynrun.tui.widgets.repository_details import RepositoryDetails
+from dynrun.tui.words import size
 
-LISTING = "models.list"
+LISTING, DETAILS, SEARCH, REPOSITORY, PULL, DISCARD = (
+    f"models.{name}" for name in ("list", "details", "search", "repository", "pull", "discard")
+)
 
 
 class ModelsScreen(RoomScreen):
-    """Local models."""
+    """Home."""
 
     MODE = "models"
     CSS_PATH = "models.tcss"
-    HELP = "# Models\n\nThe models on this machine."
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("r", "refresh", "Refresh", id="models.refresh")]
+    KEYED: ClassVar[tuple[type[DOMNode], ...]] = (ModelTable, DownloadRow)
+    HELP = """
+# Models
+
+The models on this machine: built-in ones, what **make** made, and what was downloaded. **KLD** is the mean divergence
+from the reference as it was measured when the file was made.
+
+Type `/` and words: the list is filtered as you type, and **Enter** searches the Hub. **Enter** on a repository shows
+its quants, `d` downloads the one under the cursor, `p` plans all of them before anything is downloaded. Downloads go on
+while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash they are there again, paused.
+"""
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("slash", "search", "Search", id="models.search"),
+        Binding("c", "visit('chat')", "Chat", id="models.chat"),
+        Binding("p", "plan", "Plan", id="models.plan"),
+        Binding("m", "visit('make')", "Make", id="models.make"),
+        Binding("b", "visit('bench')", "Bench", id="models.bench"),
+        Binding("d", "pull", "Download", id="models.pull"),
+        Binding("r", "refresh", "Refresh", show=False, id="models.refresh"),
+        Binding("escape", "back", "Back", show=False, id="models.back"),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._dropped: set[str] = set()
 
     def body(self) -> ComposeResult:
-        yield DataTable(id="local", cursor_type="row")
+        yield Input(placeholder="/ to search: words filter the list, Enter asks the Hub", compact=True, id="search")
+        with Container(id="panes"):
+            with ContentSwitcher(initial="local", id="lists"):
+                yield ModelTable(id="local")
+                yield HitTable(id="hits")
+            with ContentSwitcher(initial="details", id="about"):
+                yield ModelDetails(id="details")
+                yield RepositoryDetails(id="repository")
+        with Vertical(id="bottom"):
+            yield Downloads(id="downloads")
 
     def on_mount(self) -> None:
-        self.query_one(DataTable).add_columns("name", "quant", "size", "architecture")
+        self.query_one(ModelTable).focus()
+        self.action_refresh()
+        for model in unfinished():
+            self.query_one(Downloads).add(model, "paused")
+
+    # What is on this machine
+
+    def models_changed(self) -> None:
         self.action_refresh()
 
     def action_refresh(self) -> None:
-        start_job(self, _listed, group=LISTING, exclusive=True)
+        start_job(self, lambda _: catalog.local_models(), group=LISTING, exclusive=True)
+
+    @on(DataTable.RowHighlighted, "#local")
+    def _look_at_model(self) -> None:
+        if (model := self.query_one(ModelTable).chosen) is not None:
+            name = str(model.listed.path)
+            start_job(self, lambda _: catalog.details_of(model.listed), group=DETAILS, name=name, exclusive=True)
+
+    @on(DataTable.RowSelected, "#local")
+    def _enter_model(self) -> None:
+        self.query_one(ModelDetails).query_one("Tabs").focus()
+
+    def action_visit(self, mode: str) -> None:
+        if model := self.query_one(ModelTable).chosen:
+            self.post_message(Visit(mode, model.listed.name, path=model.listed.path))
+
+    def action_plan(self) -> None:
+        if self._on_hub:
+            self.post_message(Visit("plan", self._repository_name))
+        else:
+            self.action_visit("plan")
+
+    # The Hub
+
+    @property
+    def _on_hub(self) -> bool:
+        return self.query_one("#lists", ContentSwitcher).current == "hits"
+
+    @property
+    def _repository_name(self) -> str:
+        found = self.query_one(RepositoryDetails).found
+        return found.repository.name if found else self.query_one(HitTable).chosen
+
+    def action_search(self) -> None:
+        self.query_one("#search", Input).focus()
+
+    def action_back(self) -> None:
+        """From the quants to the hits, from the hits to this machine."""
+        if self.focused is self.query_one("#quants"):
+            self.query_one(HitTable).focus()
+        elif self._on_hub:
+            self._show_lists("local", "details")
+            self.query_one(ModelTable).focus()
+        else:
+            self.query_one("#search", Input).value = ""
+            self.query_one(ModelTable).focus()
+
+    @on(Input.Changed, "#search")
+    def _filter(self, event: Input.Changed) -> None:
+        self.query_one(ModelTable).filter(event.value)
+
+    @on(Input.Submitted, "#search")
+    def _search(self, event: Input.Submitted) -> None:
+        if words := event.value.strip():
+            self._show_lists("hits", "repository")
+            self.query_one(RepositoryDetails).say(f"searching the Hub for {words} …")
+            start_job(self, lambda _: pulling.search(words), group=SEARCH, name=words, exclusive=True)
+
+    @on(DataTable.RowSelected, "#hits")
+    def _open_repository(self) -> None:
+        if name := self.query_one(HitTable).chosen:
+            self.query_one(RepositoryDetails).say(f"reading {name} …")
+            start_job(self, lambda _: pulling.open_repository(name), group=REPOSITORY, name=name, exclusive=True)
+
+    def _show_lists(self, left: str, right: str) -> None:
+        self.query_one("#lists", ContentSwitcher).current = left
+        self.query_one("#about", ContentSwitcher).current = right
+        self.refresh_bindings()
+
+    # Downloads
+
+    def action_pull(self) -> None:
+        details = self.query_one(RepositoryDetails)
+        if details.found is not None and (variant := details.chosen) is not None:
+            self._pull(pulling.name_of(details.found, variant))
+
+    @on(DataTable.RowSelected, "#quants")
+    def _pull_chosen(self) -> None:
+        self.action_pull()
+
+    def _pull(self, model: str) -> None:
+        row = self.query_one(Downloads).add(model, "waiting")
+        if row.state == "running":
+            return
+        row.set_state("waiting")
+        start_job(self, lambda job: pulling.pull(job, model), group=f"{PULL}.{model}", name=model)
+        self._downloads_changed()
+
+    @on(DownloadRow.Toggled)
+    def _toggle(self, message: DownloadRow.Toggled) -> None:
+        row = message.row
+        if row.state in ("running", "waiting"):
+            stop_jobs(self, f"{PULL}.{row.model}")
+        elif row.state != "done":
+            self._pull(row.model)
+
+    @on(DownloadRow.Dropped)
+    async def _drop(self, message: DownloadRow.Dropped) -> None:
+        row = message.row
+        if stop_jobs(self, f"{PULL}.{row.model}"):
+            # What has come is removed once nobody writes it any more.
+            self._dropped.add(row.model)
+        elif row.state != "done":
+            self._discard(row.model)
+        await self.query_one(Downloads).drop(row)
+        self._downloads_changed()
+
+    def _discard(self, model: str) -> None:
+        self._dropped.discard(model)
+        start_job(self, lambda _: pulling.discard(model), group=DISCARD, name=model)
+
+    def on_pull_progress(self, message: pulling.PullProgress) -> None:
+        if row := self.query_one(Downloads).row(message.model):
+            row.advance(message.progress)
+            self._show_activity()
+
+    def _downloads_changed(self) -> None:
+        remember([row.model for row in self.query_one(Downloads).rows() if row.state != "done"])
+        self._show_activity()
+
+    def _show_activity(self) -> None:
+        rows = [row for row in self.query_one(Downloads).rows() if row.state == "running" and row.total_bytes]
+        done, total = sum(row.done_bytes for row in rows), sum(row.total_bytes for row in rows)
+        self.dynrun.show_activity(PULL, f"↓ {done / total:.0%} of {size(total)}" if rows else "")
+
+    # What workers tell
 
     def on_job_done(self, message: JobDone) -> None:
-        table = self.query_one(DataTable)
-        table.clear()
-        for model in message.result:
-            table.add_row(model.name, model.quant, f"{model.size_bytes / 1e6:,.1f} MB", model.architecture)
+        if message.group == LISTING:
+            self.query_one(ModelTable).show(message.result)
+            if not message.result:
+                self.query_one(ModelDetails).clear()
+        elif message.group == DETAILS:
+            self.query_one(ModelDetails).show(message.result)
+        elif message.group == SEARCH:
+            self._show_hits(message.name, message.result)
+        elif message.group == REPOSITORY:
+            self.query_one(RepositoryDetails).show(*message.result)
+            self.query_one("#quants").focus()
+            self.refresh_bindings()
+        elif message.group == DISCARD:
+            self.notify(f"{size(message.result)} of {message.name} freed")
+        elif message.group.startswith(PULL):
+            self._pull_ended(message.name, "done")
+
+    def _show_hits(self, words: str, hits: list[pulling.Hit]) -> None:
+        table = self.query_one(HitTable)
+        table.show(hits)
+        table.focus()
+        hint = "Enter on one shows its quants" if hits else f"the Hub finds no GGUF for {words}"
+        self.query_one(RepositoryDetails).say(hint)
+
+    def _pull_ended(self, model: str, state: State, note: str = "") -> None:
+        if row := self.query_one(Downloads).row(model):
+            row.set_state(state, note)
+            self._downloads_changed()
+        if state == "done":
+            self.post_message(ModelsChanged())
 
     def on_job_failed(self, message: JobFailed) -> None:
-        self.notify(message.message, severity="error")
+        if message.group.startswith(PULL):
+            self._pull_ended(message.name, "failed", message.message)
+        elif message.group in (SEARCH, REPOSITORY):
+            self.query_one(RepositoryDetails).say(message.message)
+        else:
+            self.notify(message.message, severity="error", timeout=10)
 
+    def on_job_stopped(self, message: JobStopped) -> None:
+        if message.name in self._dropped:
+            self._discard(message.name)
+        elif message.group.startswith(PULL):
+            self._pull_ended(message.name, "paused")
 
-def _listed(job: Job) -> object:
-    from dynrun.models import list_models
+    def stop(self) -> bool:
+        """Ctrl+C pauses the downloads."""
+        rows = [row for row in self.query_one(Downloads).rows() if running(self, f"{PULL}.{row.model}")]
+        for row in rows:
+            stop_jobs(self, f"{PULL}.{row.model}")
+        return bool(rows)
 
-    return list_models()
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys that do nothing with what is under the cursor are not shown."""
+        if not self.is_mounted:
+            return True
+        # The other rooms take what is on this machine.
+        if action == "visit":
+            return not self._on_hub
+        if action == "pull":
+            return self._on_hub and self.query_one(RepositoryDetails).found is not None
+        return True

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from rich.text import Text
 from textual import events
 from textual.binding import Binding, BindingType
+from textual.geometry import Size
 from textual.reactive import reactive
 from textual.widget import Widget
 
@@ -150,7 +151,7 @@ class Slider(Widget, can_focus=True):
         _, width = self._track()
         return round(index / max(len(self._steps) - 1, 1) * (width - 1))
 
-    def get_content_height(self, *_: Any) -> int:
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         return 2 if self._marks else 1
 
     def render(self) -> Text:
