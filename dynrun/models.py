@@ -1,7 +1,8 @@
 """Resolve MODEL, as every command takes it, to a file.
 
 A path; a folder of safetensors, which is converted; a built-in name (``demo``, ``demo-moe``), which means its F16
-reference; ``name:LABEL``, a file that `make` made of a built-in model.
+reference; ``name:LABEL``, a file that `make` made of a built-in model; ``owner/repo[:QUANT]``, a model of the Hub that
+was pulled.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dynrun.gguf.header import Header, read_header
 from dynrun.gguf.quant_label import label_of
 from dynrun.gguf.quantizable import quantizable
 from dynrun.gguf.tensor_types import FULL_PRECISION
+from dynrun.hub.local import find_local, local_models
+from dynrun.hub.resolve import parse_name
 from dynrun.paths import models_dir
 
 
@@ -79,7 +82,8 @@ class Listed:
 def resolve(model: str) -> Model:
     """The file that MODEL means, made first where it is built in.
 
-    Raises NotFoundError, naming the nearest known name.
+    Raises NotFoundError, naming the nearest known name, or the command that gets it from the Hub; UsageError where
+    several quants of a model of the Hub are here and none is named.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -91,8 +95,11 @@ def resolve(model: str) -> Model:
     name, colon, label = model.partition(":")
     if colon and (made := made_path(name, label)).is_file():
         return Model(model, made)
-    if model.endswith(".gguf") or path.is_absolute() or model.startswith("."):
+    if (model.endswith(".gguf") and not colon) or path.is_absolute() or model.startswith("."):
         raise NotFoundError(f"{model} does not exist", fix="check the path")
+    if "/" in model:
+        local = find_local(parse_name(model))
+        return Model(local.stem, local.path)
     near = get_close_matches(model, [*BUILTIN, *(listed.name for listed in list_models())], n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"give a path to a GGUF, or one of {', '.join(BUILTIN)}"
     raise NotFoundError(f"no model {model!r} on this machine", fix=hint)
@@ -138,7 +145,7 @@ def made_path(name: str, label: str) -> Path:
 
 
 def list_models() -> list[Listed]:
-    """The built-in models that have been made, and every file that `make` made."""
+    """The built-in models that have been made, every file that `make` made, and what was pulled from the Hub."""
     found = [(name, builtin_path(name)) for name in BUILTIN if builtin_path(name).is_file()]
     for path in sorted((models_dir() / "made").glob("*.gguf")):
         base = next((name for name in sorted(BUILTIN, reverse=True) if path.stem.startswith(f"{name}-")), None)
@@ -150,6 +157,12 @@ def list_models() -> list[Listed]:
         except DynrunError:
             continue
         listed.append(_listed(name, path, header))
+    for local in local_models():
+        try:
+            architecture = read_header(local.path).architecture
+        except DynrunError:
+            continue
+        listed.append(Listed(local.name, local.path, local.variant.size, architecture, local.variant.label))
     return listed
 
 
