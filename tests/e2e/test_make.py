@@ -15,6 +15,7 @@ import pytest
 from dynrun.gguf.header import read_header
 from dynrun.gguf.quantizable import quantizable
 from dynrun.llamacpp import tools
+from dynrun.report.folder import read_report
 from dynrun.scheme import read_scheme
 from tests.commands import ARGV, dynrun
 from tests.tiny import write_tiny_llama
@@ -57,9 +58,21 @@ def test_make_gives_a_file_of_the_presets_size_that_stands_closer_to_the_referen
     assert re.fullmatch("[0-9a-f]{64}", header.metadata["dynrun.scheme.sha256"])
     assert "/" not in header.metadata["quantize.imatrix.file"]
     assert tools.complete(out, "The capital of France is", n_predict=8, n_threads=2).strip()
+    report = read_report(out.with_suffix(".report"))
+    assert report.files[0].kld.mean == made["kld"]["mean"]
+    assert [file.kind for file in report.files] == ["dynrun", "stock"]
+    assert report.files[0].types == dict(scheme.types)
+    assert set(report.slopes) == set(scheme.slopes)
+    assert report.versus[0].ratio.value == made["kld_ratio"]
+    assert len(report.files[0].domains) > 1
+    name = Path(demo_model).name
+    assert report.commands == (f"dynrun make {name} --quant Q3_K_M --out demo.gguf {' '.join(settings)}",)
+    page = Path(made["report"]).read_bytes()
+    assert str(tmp_path).encode() not in page + Path(made["card"]).read_bytes()
     cached = dynrun("make", demo_model, "--quant", "Q3_K_M", "--out", out, *settings, "--json").json
     assert all(stage["cached"] for stage in cached["stages"])
     assert cached["kld"] == made["kld"]
+    assert Path(cached["report"]).read_bytes() == page
 
 
 @pytest.mark.parametrize("n_expert", [0, 4])
