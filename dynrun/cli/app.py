@@ -26,6 +26,7 @@ from dynrun.cli import (
     imatrix,
     ls,
     make,
+    plan,
     quantize,
     run,
     scheme,
@@ -41,6 +42,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     *(make.make, convert.convert, run.run, ls.ls, show.show, doctor.doctor, demo.demo),
     *(imatrix.imatrix, sensitivity.sensitivity, allocate.allocate, quantize.quantize),
     verify.verify,
+    plan.plan,
     tui.tui,
 )
 
