@@ -7,12 +7,13 @@ was pulled.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from dynrun.artifacts import sha256_file
+from dynrun.artifacts import sha256_file, translated_os_errors
 from dynrun.demo.builtin import BUILTIN, builtin_path, ensure_builtin
 from dynrun.errors import DynrunError, NotFoundError, UsageError
 from dynrun.gguf.header import Header, read_header
@@ -146,12 +147,8 @@ def made_path(name: str, label: str) -> Path:
 
 def list_models() -> list[Listed]:
     """The built-in models that have been made, every file that `make` made, and what was pulled from the Hub."""
-    found = [(name, builtin_path(name)) for name in BUILTIN if builtin_path(name).is_file()]
-    for path in sorted((models_dir() / "made").glob("*.gguf")):
-        base = next((name for name in sorted(BUILTIN, reverse=True) if path.stem.startswith(f"{name}-")), None)
-        found.append((f"{base}:{path.stem.removeprefix(f'{base}-')}" if base else path.stem, path))
     listed = []
-    for name, path in found:
+    for name, path in _own_models():
         try:
             header = read_header(path)
         except DynrunError:
@@ -164,6 +161,47 @@ def list_models() -> list[Listed]:
             continue
         listed.append(Listed(local.name, local.path, local.variant.size, architecture, local.variant.label))
     return listed
+
+
+def _own_models() -> list[tuple[str, Path]]:
+    """Names and files of dynrun's own cache."""
+    found = [(name, builtin_path(name)) for name in BUILTIN if builtin_path(name).is_file()]
+    for path in sorted((models_dir() / "made").glob("*.gguf")):
+        base = next((name for name in sorted(BUILTIN, reverse=True) if path.stem.startswith(f"{name}-")), None)
+        found.append((f"{base}:{path.stem.removeprefix(f'{base}-')}" if base else path.stem, path))
+    return found
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What dynrun's own cache keeps of a model: its file, and of a made one the scheme and the report."""
+
+    paths: tuple[Path, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(map(str, self.paths))
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes that are free when they are gone; a file with another name elsewhere frees none."""
+        files = [file for path in self.paths for file in (path.rglob("*") if path.is_dir() else (path,))]
+        return sum(file.stat().st_size for file in files if file.is_file() and file.stat().st_nlink == 1)
+
+    def execute(self) -> None:
+        """Take it away, the model first."""
+        for path in self.paths:
+            with translated_os_errors(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def kept(model: str) -> Kept | None:
+    """What of MODEL could be removed, if it is a built-in or a made one."""
+    for name, path in _own_models():
+        if model == name:
+            beside = (path.with_suffix(".scheme.toml"), path.with_suffix(".report"))
+            return Kept((path, *(other for other in beside if other.exists())))
+    return None
 
 
 def _listed(name: str, path: Path, header: Header) -> Listed:

@@ -13,7 +13,7 @@ from dynrun.config import available_cores
 
 # As it was before any test changed it: where the user's own models lie.
 _USER_CACHE = os.environ.get("DYNRUN_CACHE")
-_SCRUBBED = ("DYNRUN_THREADS", "DYNRUN_N_GPU_LAYERS", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_SCRUBBED = ("DYNRUN_THREADS", "DYNRUN_N_GPU_LAYERS", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE")
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,9 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.setenv("DYNRUN_CACHE", str(home / "cache"))
     monkeypatch.setenv("DYNRUN_DATA", str(home / "data"))
     monkeypatch.setenv("DYNRUN_CONFIG", str(home / "config.toml"))
+    monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
+    if library := sys.modules.get("huggingface_hub.constants"):
+        monkeypatch.setattr(library, "HF_HUB_CACHE", str(home / "huggingface" / "hub"))
     for name in _SCRUBBED:
         monkeypatch.delenv(name, raising=False)
     # ggml's threads spin while they wait: more of them than cores slow each other down tenfold.

@@ -27,7 +27,9 @@ from dynrun.cli import (
     ls,
     make,
     plan,
+    pull,
     quantize,
+    rm,
     run,
     scheme,
     sensitivity,
@@ -39,6 +41,7 @@ from dynrun.cli.command_line import ARGUMENTS
 from dynrun.errors import INTERRUPTED_EXIT_CODE, DynrunError, UsageError
 
 COMMANDS: tuple[Callable[..., None], ...] = (
+    *(pull.pull, rm.rm),
     *(make.make, convert.convert, run.run, ls.ls, show.show, doctor.doctor, demo.demo),
     *(imatrix.imatrix, sensitivity.sensitivity, allocate.allocate, quantize.quantize),
     verify.verify,

@@ -77,3 +77,8 @@ class Shelf:
 
     quants: tuple[Variant, ...]
     companions: Mapping[str, tuple[Variant, ...]] = field(default_factory=dict)
+
+
+def amount(n: int) -> str:
+    """``n`` bytes as people read it."""
+    return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"

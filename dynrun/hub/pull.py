@@ -13,7 +13,7 @@ from dynrun.artifacts import translated_os_errors
 from dynrun.errors import DoesNotFitError, NetworkError, NotFoundError
 from dynrun.hub import cache
 from dynrun.hub.errors import errors_for_people
-from dynrun.hub.files import RemoteFile
+from dynrun.hub.files import RemoteFile, amount
 from dynrun.hub.part import Part, stale_parts
 from dynrun.hub.repository import fetch_repository
 from dynrun.hub.source import ChangedError
@@ -151,8 +151,8 @@ def _check_disk(parts: Sequence[Part]) -> None:
         free = shutil.disk_usage(existing).free
     if needed > free:
         raise DoesNotFitError(
-            f"{_size(needed)} are to be downloaded, and the disk of {folder} has {_size(free)} free",
-            fix=f"free {_size(needed - free)}, or set HF_HOME to a folder on a larger disk",
+            f"{amount(needed)} are to be downloaded, and the disk of {folder} has {amount(free)} free",
+            fix=f"free {amount(needed - free)}, or set HF_HOME to a folder on a larger disk",
         )
 
 
@@ -169,7 +169,3 @@ def _changed(files: Sequence[RemoteFile], revision: str) -> list[RemoteFile]:
             fix="try again later, or another HF_ENDPOINT",
         )
     return [now[file.path] for file in files]
-
-
-def _size(n: int) -> str:
-    return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"

@@ -1,0 +1,58 @@
+"""`dynrun rm`: take a model off this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dynrun.cli import options
+from dynrun.cli.ask import ask_yes
+from dynrun.cli.output import emit, say
+from dynrun.errors import UsageError
+from dynrun.hub.files import amount
+
+if TYPE_CHECKING:
+    from dynrun.hub.local import Removal
+    from dynrun.models import Kept
+
+
+def rm(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name that `dynrun ls` shows, or owner/repo:QUANT.")],
+    everything: Annotated[bool, typer.Option("--all", help="All that is here of owner/repo.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and what that frees.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Remove a model that was pulled or made, and say what that frees; what other models share stays.
+
+    Example: dynrun rm unsloth/Llama-4-Scout-17B-16E-Instruct-GGUF:UD-IQ2_XXS
+    """
+    from dynrun.models import kept
+
+    removal = kept(model) or _of_hub(model, everything)
+    for name in removal.names:
+        say(name)
+    data = {"names": list(removal.names), "freed_bytes": removal.freed_bytes, "removed": not dry_run}
+    if dry_run:
+        emit(as_json, data, lambda: print(f"would free {amount(removal.freed_bytes)}"))
+        return
+    if not yes and not ask_yes(f"remove this, which frees {amount(removal.freed_bytes)}?"):
+        raise UsageError("nothing was removed")
+    removal.execute()
+    emit(as_json, data, lambda: print(f"freed {amount(removal.freed_bytes)}"))
+
+
+def _of_hub(model: str, everything: bool) -> Kept | Removal:
+    """What is here of a model of the Hub. Raises NotFoundError, AmbiguousError, UsageError for other files."""
+    from dynrun.hub.local import find_local, plan_removal
+    from dynrun.hub.resolve import parse_name
+
+    if Path(model).expanduser().exists():
+        raise UsageError(f"{model} is a file of yours, in no cache of dynrun", fix="delete it yourself")
+    name = parse_name(model)
+    if everything:
+        return plan_removal(name.repository, None)
+    local = find_local(name)
+    return plan_removal(local.repository, [file.path for file in local.variant.files])
