@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dynrun.allocation.search_stage import search_folder
@@ -30,6 +31,7 @@ from dynrun.sensitivity.stage import sensitivity_folder
 from dynrun.stages import (
     Reporter,
     Settings,
+    Statistics,
     Texts,
     covariance_stage,
     feedback_of,
@@ -101,16 +103,53 @@ def make(
     ``commands`` of the report: to make it again.
     """
     started = time.monotonic()
+    with ready(model, settings, reporter, scheme) as shared:
+        made = make_file(shared, target, settings, reporter, log, out, split_max_size=split_max_size, commands=commands)
+    return replace(made, elapsed_s=time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What all files of one model share: measured, or found, once. ``scheme``: a known one, whole."""
+
+    reference: Reference
+    texts: Texts
+    collected: Statistics
+    feedback: Feedback | None
+    scheme: Scheme | None = None
+
+
+@contextmanager
+def ready(model: str, settings: Settings, reporter: Reporter, scheme: Scheme | None = None) -> Iterator[Ready]:
+    """The reference, the texts and what is collected of its activations."""
     reference = open_reference(model)
     known = adopted(scheme, reference) if scheme else None
     texts = read_texts(reference, settings, reporter)
     collected = statistics(reference, texts, settings, reporter)
     with feedback_of(reference, collected, settings) as feedback:
-        inputs = (reference, collected.imatrix, texts, target, settings, reporter, log)
-        chosen = choose_scheme(*inputs, scheme=known, split_max_size=split_max_size, feedback=feedback)
-        ours, stock = _both_files(reference, chosen, collected.imatrix, settings, reporter, split_max_size, feedback)
+        yield Ready(reference, texts, collected, feedback, known)
+
+
+def make_file(
+    shared: Ready,
+    target: Target | None,
+    settings: Settings,
+    reporter: Reporter,
+    log: Callable[[str], None],
+    out: Path | None = None,
+    *,
+    split_max_size: int | None = None,
+    commands: Sequence[str] = (),
+) -> Made:
+    """One file of a model that is :func:`ready`; the rest as :func:`make` has it."""
+    started, reference, collected, texts = time.monotonic(), shared.reference, shared.collected, shared.texts
+    inputs = (reference, collected.imatrix, texts, target, settings, reporter, log)
+    chosen = choose_scheme(*inputs, scheme=shared.scheme, split_max_size=split_max_size, feedback=shared.feedback)
+    ours, stock = _both_files(reference, chosen, collected.imatrix, settings, reporter, split_max_size, shared.feedback)
     (row, baseline_row), evaluated = _evaluate(reference, [ours.path, stock.path], texts, settings, reporter)
     file = out or made_path(reference.name, chosen.budget.label)
+    if file.is_dir():
+        file /= f"{reference.name}-{chosen.budget.label}.gguf"
     files = _publish(ours.path, file, split_max_size, reporter)
     scheme_path = file.with_suffix(".scheme.toml")
     write_scheme(chosen.scheme, scheme_path)

@@ -9,6 +9,7 @@ import typer
 
 from dynrun.cli import options
 from dynrun.cli.output import Ticker, emit, megabytes, say
+from dynrun.errors import UsageError
 
 if TYPE_CHECKING:
     from dynrun.convert.logits import Agreement
@@ -61,6 +62,26 @@ def convert(
         link_or_copy(converted.path, out)
     data = to_json(converted, agreement, out or converted.path)
     emit(as_json, data, lambda: _show(converted, agreement, out or converted.path))
+
+
+def prepare(model: str, trust_remote_code: bool | None, *, check: bool) -> None:
+    """Convert ``model`` for `make`, where it is a folder of safetensors or a repository of them: it is found then.
+
+    Raises UsageError where the wishes are for what is no such thing.
+    """
+    from dynrun.convert.folder import is_model_folder
+    from dynrun.convert.stage import Wishes
+    from dynrun.convert.stage import convert as convert_model
+
+    folder = Path(model).expanduser()
+    if is_model_folder(folder):
+        converted = convert_model(folder, Wishes(trust_remote_code), say, Ticker("  convert"))
+        for finding in converted.findings:
+            say(f"note: {finding}")
+        if check:
+            checked(converted)
+    elif check or trust_remote_code is not None:
+        raise UsageError(f"{model} is not converted", fix="--check and --trust-remote-code are for safetensors")
 
 
 def checked(converted: Converted) -> Agreement:

@@ -10,7 +10,9 @@ import typer
 
 from dynrun.cli import options
 from dynrun.cli.allocate import SchemePath, candidates_json, scheme_for, wanted
+from dynrun.cli.batch import check_alone, quants, run_batch
 from dynrun.cli.command_line import command_line
+from dynrun.cli.convert import Check, TrustCode, prepare
 from dynrun.cli.output import StageReporter, candidates_table, emit, megabytes, say
 from dynrun.cli.quantize import SplitMaxSize
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from dynrun.target import Target
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the file (default: the cache).")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show stages, sizes and commands; do nothing.")]
 # Lines of the candidates' table; all of them are in `--json`.
 _MOST_CANDIDATES = 4
 
@@ -46,23 +49,44 @@ def make(
     scheme: SchemePath = None,
     split_max_size: SplitMaxSize = None,
     no_feedback: options.NoFeedback = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show stages, sizes and commands; do nothing.")] = False,
+    trust_remote_code: TrustCode = None,
+    check: Check = False,
+    dry_run: DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Make the best GGUF of the wanted size, and prove it beside the stock preset.
 
-    Killed at any moment and run again, it goes on. Example: dynrun make demo --quant Q3_K_M. A fine-tune, nothing
-    probed: dynrun make tuned.gguf --scheme demo-Q3_K_M.scheme.toml
+    Killed and run again, it goes on. Example: dynrun make demo --quant Q3_K_M. Several, from safetensors: dynrun make
+    ./Qwen3-4B --quant Q2_K,Q4_K_M --out quants/. A fine-tune: dynrun make tuned.gguf --scheme demo-Q3_K_M.scheme.toml
     """
-    target, shard_bytes = wanted(quant, bpw, size, scheme), max_bytes(split_max_size)
     probes = options.probes(probe_tokens, probe_error, probe_group, probe_devices)
     settings = options.choosing(settings, probes, options.search(candidates, rounds), no_feedback)
     settings = replace(settings, eval_tokens=eval_tokens)
-    known = scheme_for(model, scheme)
-    if dry_run:
-        _dry_run(model, target, settings, known, shard_bytes, as_json)
+    labels, shard_bytes = quants(quant), max_bytes(split_max_size)
+    prepare(model, trust_remote_code, check=check)
+    if len(labels) > 1:
+        check_alone(bpw, size, scheme)
+        run_batch(model, labels, settings, out, shard_bytes, dry_run=dry_run, as_json=as_json)
     else:
-        made = run_make(model, target, settings, out, known, shard_bytes)
+        target, known = wanted(quant, bpw, size, scheme), scheme_for(model, scheme)
+        _run_one(model, target, settings, out, known, shard_bytes, dry_run=dry_run, as_json=as_json)
+
+
+def _run_one(
+    model: str,
+    target: Target | None,
+    settings: Settings,
+    out: Path | None,
+    scheme: Scheme | None,
+    split_max_size: int | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    if dry_run:
+        _dry_run(model, target, settings, scheme, split_max_size, as_json)
+    else:
+        made = run_make(model, target, settings, out, scheme, split_max_size)
         emit(as_json, to_json(made), lambda: show(made))
 
 
