@@ -54,14 +54,14 @@ class Tokenizer:
 
     def _cut(self, conversation: Conversation) -> list[list[int]]:
         text = self.template.render(conversation)
-        whole = self._tokens(text, conversation)
+        whole = self.tokens(text, conversation)
         if len(whole) <= self.n_ctx:
             return [whole]
         ends = message_ends(self.template, conversation, text)
         segments = [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
         found: list[list[int]] = [[]]
         for segment in segments:
-            tokens = self._tokens(segment, conversation)
+            tokens = self.tokens(segment, conversation)
             plain = tokens[1:] if self._starts_with_bos(tokens) and found[-1] else tokens
             if len(found[-1]) + len(plain) <= self.n_ctx:
                 found[-1] += plain
@@ -75,7 +75,7 @@ class Tokenizer:
         body, step = tokens[len(bos) :], self.n_ctx - len(bos)
         return [bos + body[i : i + step] for i in range(0, len(body), step)]
 
-    def _tokens(self, text: str, conversation: Conversation) -> list[int]:
+    def tokens(self, text: str, conversation: Conversation) -> list[int]:
         """Special tokens of a template are parsed, those of a plain text are not; BOS where it is wanted."""
         tokens = self.vocabulary.tokenize(text, parse_special=not conversation.text)
         if self.vocabulary.adds_bos and not self._starts_with_bos(tokens):

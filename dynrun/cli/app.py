@@ -16,10 +16,12 @@ from typer.exceptions import TyperException
 from dynrun import __version__
 from dynrun.cli import (
     allocate,
+    compare,
     convert,
     demo,
     doctor,
     eval_flips,
+    eval_harness,
     eval_kld,
     eval_mmlu,
     eval_task,
@@ -44,7 +46,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     *(pull.pull, rm.rm),
     *(make.make, convert.convert, run.run, ls.ls, show.show, doctor.doctor, demo.demo),
     *(imatrix.imatrix, sensitivity.sensitivity, allocate.allocate, quantize.quantize),
-    verify.verify,
+    *(verify.verify, compare.compare),
     plan.plan,
     tui.tui,
 )
@@ -63,6 +65,7 @@ evaluate.command("kld")(eval_kld.eval_kld)
 evaluate.command("mmlu")(eval_mmlu.eval_mmlu)
 evaluate.command("task")(eval_task.eval_task)
 evaluate.command("flips")(eval_flips.eval_flips)
+evaluate.command("harness")(eval_harness.eval_harness)
 app.add_typer(evaluate, name="eval")
 schemes = typer.Typer(
     no_args_is_help=True,

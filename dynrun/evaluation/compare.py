@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from dynrun.evaluation.kld import Row
@@ -33,8 +33,8 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Compared:
-    """A file. ``imatrix``: what is known of the one it was made with: "same" as the curve's, "other" or "unknown";
-    ``equal_size`` is None where there is no curve."""
+    """A file. ``imatrix``: what is known of the one it was made with: "same" as the curve's, "other", or
+    "unknown", perhaps with what the file says of it; ``equal_size`` is None where there is no curve."""
 
     label: str
     row: Row
@@ -109,11 +109,14 @@ def compare(
     )
 
 
-def imatrix_of(metadata: Mapping[str, Any], imatrix_sha256: str | None) -> str:
-    """What a file's metadata says of its imatrix beside the one with ``imatrix_sha256``.
+def imatrix_of(metadata: Mapping[str, Any], stock_sha256: str | None, wanted_sha256: str | None) -> str:
+    """What is known of a file's imatrix beside the one of hash ``wanted_sha256``: "same", "other" or "unknown".
 
-    Only dynrun's own files name theirs by its hash; llama-quantize writes its path and data set, which prove nothing.
+    dynrun's files name theirs by its hash; ``stock_sha256`` is known of stock files of this cache. llama-quantize
+    writes the path and the name of the data set: they prove nothing, and are shown.
     """
-    if (own := metadata.get("dynrun.imatrix.sha256")) is not None and imatrix_sha256 is not None:
-        return "same" if own == imatrix_sha256 else "other"
-    return IMATRIX_UNKNOWN
+    own = metadata.get("dynrun.imatrix.sha256", stock_sha256)
+    if isinstance(own, str) and wanted_sha256 is not None:
+        return "same" if own == wanted_sha256 else "other"
+    said = metadata.get("quantize.imatrix.file")
+    return f"{IMATRIX_UNKNOWN} ({PurePath(said).name:.60})" if isinstance(said, str) else IMATRIX_UNKNOWN

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from dynrun.artifacts import StageFolder, atomic_path, sha256_file, stage_folder
-from dynrun.errors import DynrunError, UsageError
-from dynrun.gguf.header import Header, read_header
+from dynrun.artifacts import StageFolder, atomic_path, stage_folder
+from dynrun.errors import UsageError
+from dynrun.evaluation.checks import checked_headers
+from dynrun.gguf.shards import read_whole_header
 from dynrun.llamacpp.engine import Engine
+from dynrun.llamacpp.not_finite import not_finite
 from dynrun.metrics.intervals import (
     Clusters,
     Estimate,
@@ -35,6 +37,7 @@ from dynrun.scoring.reference import (
     ReferenceLogits,
     Scored,
     engine_inputs,
+    model_sha256,
     open_for,
     parts_key,
     record_reference,
@@ -196,8 +199,22 @@ def evaluate(
     ``progress`` gets tokens done, tokens in all (of this model), and which model. Raises UsageError for a file with
     another vocabulary than the reference, DynrunError for one whose logits are not finite.
     """
+    found = measure(reference, files, parts, n_threads=n_threads, n_gpu_layers=n_gpu_layers, progress=progress)
+    return [_row(file, parts, divergences) for file, divergences in zip(files, found, strict=True)]
+
+
+def measure(
+    reference: Path,
+    files: Sequence[Path],
+    parts: Sequence[Scored],
+    *,
+    n_threads: int,
+    n_gpu_layers: int = -1,
+    progress: Progress = lambda *_: None,
+) -> list[list[Divergence]]:
+    """For each file its divergence on each of ``parts``: measured, or found. Raises what :func:`evaluate` does."""
     # Everything that can be wrong is found before the first minute is spent.
-    headers = _checked(reference, files)
+    checked_headers(reference, files)
     folders = [_folder(reference, file, parts) for file in files]
     for file, folder in zip(files, folders, strict=True):
         if folder.complete:
@@ -205,10 +222,7 @@ def evaluate(
         recorded = record_reference(reference, parts, n_threads=n_threads, n_gpu_layers=n_gpu_layers, progress=progress)
         with folder.locked(), open_for(file, parts, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as engine:
             _measure(recorded, engine, folder, progress)
-    return [
-        _row(file, header, parts, _read(folder, len(parts)))
-        for file, header, folder in zip(files, headers, folders, strict=True)
-    ]
+    return [_read(folder, len(parts)) for folder in folders]
 
 
 def is_measured(reference: Path, file: Path, parts: Sequence[Scored]) -> bool:
@@ -216,23 +230,10 @@ def is_measured(reference: Path, file: Path, parts: Sequence[Scored]) -> bool:
     return _folder(reference, file, parts).complete
 
 
-def _checked(reference: Path, files: Sequence[Path]) -> list[Header]:
-    """Headers of ``files``, all with the reference's vocabulary."""
-    vocabulary = read_header(reference).metadata.get("tokenizer.ggml.tokens")
-    headers = [read_header(file) for file in files]
-    for file, header in zip(files, headers, strict=True):
-        if header.metadata.get("tokenizer.ggml.tokens") != vocabulary:
-            raise UsageError(
-                f"{file} has another vocabulary than the reference {reference}",
-                fix="compare files that were made from this reference",
-            )
-    return headers
-
-
 def _folder(reference: Path, file: Path, parts: Sequence[Scored]) -> StageFolder:
     inputs = {
-        "reference": sha256_file(reference),
-        "file": sha256_file(file),
+        "reference": model_sha256(reference),
+        "file": model_sha256(file),
         "parts": parts_key(parts),
         **engine_inputs(),
     }
@@ -264,7 +265,7 @@ def _compared(reference: Coded, engine: Engine, part: Scored) -> Divergence:
         done += len(block)
     whole = joined(found)
     if not np.isfinite(whole.kld).all():
-        raise DynrunError(f"{engine.path} gives logits that are not finite on {part.id}", fix="the file is damaged")
+        raise not_finite(engine, engine.path, part.tokens, part.name)
     return whole
 
 
@@ -280,7 +281,8 @@ def _read(folder: StageFolder, n_parts: int) -> list[Divergence]:
     return found
 
 
-def _row(file: Path, header: Header, parts: Sequence[Scored], found: Sequence[Divergence]) -> Row:
+def _row(file: Path, parts: Sequence[Scored], found: Sequence[Divergence]) -> Row:
+    header = read_whole_header(file)
     groups: dict[str, list[Divergence]] = {}
     for part, one in zip(parts, found, strict=True):
         groups.setdefault(part.domain, []).append(one)

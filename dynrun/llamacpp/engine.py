@@ -183,7 +183,10 @@ class Engine(Vocabulary):
 
     def tapped(self, tokens: Tokens, tap: Tap) -> None:
         """Decode ``tokens`` from an empty memory with ``tap`` called at each node."""
-        self._decode([tokens], tuple(range(len(tokens))), tap, copy=False)
+        self.forget()
+        for start in range(0, len(tokens), self.n_batch):
+            piece = tokens[start : start + self.n_batch]
+            self._decode_pieces([Piece(0, start, piece, tuple(range(len(piece))))], tap)
 
     def watch_inputs(
         self, batch: Sequence[Tokens], consume: Callable[[Activation], None], only: Collection[str] | None = None

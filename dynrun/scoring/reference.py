@@ -14,6 +14,7 @@ probable token stays the most probable. Mean KLDs move by less than 1e-6.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,11 +25,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dynrun.artifacts import StageFolder, atomic_path, key_of, sha256_file, stage_folder
+from dynrun.artifacts import MANIFEST, StageFolder, atomic_path, key_of, sha256_bytes, sha256_file, stage_folder
 from dynrun.errors import DoesNotFitError, DynrunError
 from dynrun.gguf.header import read_header
+from dynrun.gguf.shards import read_shards
 from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.engine import Engine, Logits
+from dynrun.llamacpp.not_finite import not_finite
 
 Codes = npt.NDArray[np.uint16]
 Progress = Callable[[int, int, str], None]
@@ -41,6 +44,13 @@ _HEAD = 4
 _CHUNK = 64
 # Counts up when the codes change.
 _FORMAT = 2
+# How a recording may differ from the one that is wanted, in words; by the key of its inputs.
+_OTHER = {
+    "parts": "another text or other positions",
+    "format": "format {}",
+    "llama_cpp": "llama.cpp {:.7}",
+    "backend": "backend {}",
+}
 # Logits in float32 that a decode may give, here and in llama.cpp: bounds the memory for large vocabularies.
 _DECODE_BYTES = 1 << 28
 
@@ -53,6 +63,11 @@ class Scored:
     tokens: tuple[int, ...]
     outputs: tuple[int, ...]
     domain: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.domain} {self.id}".strip()
 
 
 def parts_key(parts: Sequence[Scored]) -> str:
@@ -162,14 +177,14 @@ def record_reference(
     """Decode ``parts`` with the model at ``reference`` and keep the logits; found again, nothing is loaded.
 
     ``progress`` gets tokens done, tokens in all, and a note. Raises DoesNotFitError where the disk is too small,
-    DynrunError where the model's logits are not finite.
+    DynrunError where the model's logits are not finite: it names the tensor.
     """
     folder = reference_folder(reference, parts)
     with folder.locked():
         if not folder.complete:
             started = time.monotonic()
             with open_for(reference, parts, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as engine:
-                record_into(folder, parts, engine.n_vocab, lambda part: score(engine, part), progress)
+                record_into(folder, parts, engine.n_vocab, lambda part: _finite(engine, part), progress)
                 folder.commit({"n_vocab": engine.n_vocab}, elapsed_s=time.monotonic() - started)
         return ReferenceLogits(folder, tuple(parts), int(folder.manifest()["result"]["n_vocab"]))
 
@@ -189,11 +204,44 @@ def score(engine: Engine, part: Scored) -> Iterator[Logits]:
     return engine.logit_blocks(part.tokens, part.outputs, engine.n_batch)
 
 
+def _finite(engine: Engine, part: Scored) -> Iterator[Logits]:
+    for block in score(engine, part):
+        if not np.isfinite(block.max(axis=1)).all():
+            raise not_finite(engine, engine.path, part.tokens, part.name)
+        yield block
+
+
 def reference_folder(reference: Path, parts: Sequence[Scored]) -> StageFolder:
     """Where the logits of ``reference`` on ``parts`` are kept."""
     return stage_folder(
-        "reference", {"reference": sha256_file(reference), "parts": parts_key(parts), **engine_inputs()}
+        "reference", {"reference": model_sha256(reference), "parts": parts_key(parts), **engine_inputs()}
     )
+
+
+def model_sha256(path: Path) -> str:
+    """The hash of a GGUF, of a split one that of its shards' hashes. Raises what reading the headers raises."""
+    shards = [sha256_file(header.path) for header in read_shards(path)]
+    return shards[0] if len(shards) == 1 else sha256_bytes("\n".join(shards).encode())
+
+
+def ignored_recordings(reference: Path, parts: Sequence[Scored]) -> str:
+    """What is said of logits of ``reference`` that are kept but of other settings; "" where there are none or the
+    right ones are there too."""
+    wanted = reference_folder(reference, parts)
+    if wanted.complete:
+        return ""
+    reasons: dict[str, str] = {}
+    for path in sorted(wanted.path.parent.glob(f"*/{MANIFEST}")):
+        try:
+            inputs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["inputs"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if inputs.get("reference") == wanted.inputs["reference"]:
+            other = [key for key in wanted.inputs if inputs.get(key) != wanted.inputs[key]]
+            reasons |= {key: _OTHER[key].format(inputs.get(key)) for key in other}
+    if not reasons:
+        return ""
+    return f"kept log-probabilities of {reference.name} are not used: they are of {', '.join(reasons.values())}"
 
 
 def engine_inputs() -> dict[str, Any]:
@@ -218,12 +266,7 @@ def record_into(
             form = {"descr": "<u2", "fortran_order": False, "shape": (len(parts[i].outputs), _HEAD + n_vocab)}
             np.lib.format.write_array_header_1_0(stream, form)
             for block in score(parts[i]):
-                try:
-                    encode_logits(block).tofile(stream)
-                except ValueError as error:
-                    raise DynrunError(
-                        f"the reference gives {error} on {parts[i].id}", fix="the model is damaged"
-                    ) from error
+                encode_logits(block).tofile(stream)
         done += len(parts[i].tokens)
         progress(done, total, "reference")
 
