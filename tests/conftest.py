@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,14 +44,21 @@ def closed_bindings() -> Iterator[None]:
         utils.errnull_file.close()
 
 
-def _ensure(name: str) -> Path:
-    from dynrun.demo.builtin import ensure_builtin
-
+@contextmanager
+def in_users_cache() -> Iterator[None]:
+    """For what is made once and never changed."""
     with pytest.MonkeyPatch.context() as patch:
         if _USER_CACHE is None:
             patch.delenv("DYNRUN_CACHE", raising=False)
         else:
             patch.setenv("DYNRUN_CACHE", _USER_CACHE)
+        yield
+
+
+def _ensure(name: str) -> Path:
+    from dynrun.demo.builtin import ensure_builtin
+
+    with in_users_cache():
         return ensure_builtin(name)
 
 
