@@ -160,7 +160,7 @@ def compared_table(found: Comparison) -> tables.Table:
         )
         for one in found.rows
     ]
-    notes = ["", f"equal-size ratio: the file's KLD over the stock curve's at its size ({_text(found)})"]
+    notes = [f"equal-size ratio: the file's KLD over the stock curve's at its size ({_text(found)})"]
     if any(one.equal_size and one.equal_size.extrapolated for one in found.rows):
         notes.append("* extrapolated: the file is smaller or larger than every stock file of the curve")
     if any(one.imatrix != "same" for one in found.rows):

@@ -160,7 +160,7 @@ def kld_table(rows: Sequence[Row]) -> tables.Table:
     )
     cells = [(*row_cells(row), *([_ratio(row, first)] if several else [])) for row in rows]
     scored = f"{first.n_tokens:,} tokens scored in {first.score.n_sequences} sequences"
-    notes = ["", f"{scored}; PPL of the reference {first.ppl_reference:.3f}"]
+    notes = [f"{scored}; PPL of the reference {first.ppl_reference:.3f}"]
     if several:
         notes.append(f"KLD ratio: to {first.file.name}, with the 95% interval on the same sequences")
     return tables.Table(

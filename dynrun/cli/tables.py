@@ -127,6 +127,8 @@ def show(tables: Sequence[Table]) -> None:
         if i:
             console.print()
         console.print(shown)
+        if fitting.notes:
+            console.print()
         for line in fitting.notes:
             console.print(line, markup=False)
 
