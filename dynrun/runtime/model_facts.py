@@ -132,6 +132,8 @@ def _layer(tensors: Iterable[TensorInfo], cache: LayerCache) -> Layer:
     for tensor in tensors:
         (experts if EXPERTS.search(tensor.name) else dense).append(tensor)
     wide = [t.shape[1] for t in dense if len(t.shape) > 1 and ".ffn_" in t.name and "inp" not in t.name]
+    # Two vectors of the inner size in one; three of them are alive at once.
+    wide += [t.shape[1] * 2 // 3 for t in dense if len(t.shape) > 1 and ".ssm_in." in t.name]
     inner = [t.shape[0] if "down" in t.name else t.shape[1] for t in experts if len(t.shape) > 1]
     return Layer(
         dense_bytes=_sum(dense),

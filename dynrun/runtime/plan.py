@@ -2,8 +2,8 @@
 
 Takes facts, a machine and wishes; gives a :class:`Placement`. Starts nothing and measures nothing. The objective is
 predicted tokens per second (speed.py); what may be chosen is a few families of placements, in each of which less memory
-means less speed, so that the largest member that fits is its best: everything on devices, with the experts of the last
-layers in RAM; whole layers in RAM; both; nothing on devices.
+means less speed, so that the largest member that fits is its best: everything on devices; everything but the experts
+of the last layers; all experts and the first layers in RAM; without experts, the first layers; nothing on devices.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def _candidates(facts: ModelFacts, machine: Machine, base: Choice) -> Iterator[C
             [(whole, 0)],
             [(whole, n) for n in range(n_moe, 0, -1)],
             [(n, n_moe) for n in range(1, whole) if n_moe],
-            [(n, 0) for n in range(1, whole)],
+            # Experts first: attention and the KV cache in RAM would cost more with every token of context.
+            [(n, 0) for n in range(1, whole) if not n_moe],
         ]
         found = (_largest(fitted, family) for family in families)
         yield from (choice for choice in found if choice is not None)

@@ -21,7 +21,7 @@ _DEVICE_SHARE, _CPU_SHARE = 0.70, 0.85
 _CORE_BYTES_PER_S, _CORE_CODEBOOK_BYTES_PER_S = 6e9, 2.5e9
 DEPTH = 4096
 # Launches of a layer's kernels on a device; handing activations over from one device, or the CPU, to another.
-_LAYER_S, _HANDOVER_S = 12e-6, 60e-6
+_LAYER_S, _HANDOVER_S = 12e-6, 30e-6
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Models as shapes without weights: from the public configurations of large models to headers and sparse GGUFs.
 
-``NAME.toml`` lists metadata and tensors; ``blk.*`` stands for all layers, ``blk.3-60`` for some. ``NAME.PRESET.json``:
-the types that llama-quantize gives the tensors without an imatrix, by runs of layers; a native test compares them with
-its dry run, and ``python -m tests.shapes`` writes them anew.
+``NAME.toml`` lists metadata and tensors; ``blk.*`` stands for all layers, ``blk.3-60`` and ``blk.2,5`` for some.
+``NAME.PRESET.json``: the types that llama-quantize gives the tensors without an imatrix, by runs of layers; a native
+test compares them with its dry run, and ``python -m tests.shapes`` writes them anew.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +117,21 @@ def _read(name: str) -> dict[str, Any]:
 
 def _tensors(data: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
     for pattern, shape in data["tensors"].items():
-        match = re.match(r"blk\.(\*|(\d+)-(\d+))\.", pattern)
+        match = re.match(r"blk\.(\*|(\d+)-(\d+)|\d+(?:,\d+)+)\.", pattern)
         if match is None:
             yield pattern, shape
             continue
-        layers = range(data["layers"]) if match[1] == "*" else range(int(match[2]), int(match[3]) + 1)
+        if match[1] == "*":
+            layers: Iterable[int] = range(data["layers"])
+        else:
+            layers = range(int(match[2]), int(match[3]) + 1) if match[2] else map(int, match[1].split(","))
         for layer in layers:
             yield f"blk.{layer}.{pattern[match.end() :]}", shape
 
 
 def _type_of(tensor: str, shape: list[int], types: Mapping[str, str] | str) -> str:
     if isinstance(types, str):
-        small = len(shape) < 2 or "ffn_gate_inp" in tensor or tensor.endswith("bias")
+        small = len(shape) < 2 or any(part in tensor for part in ("ffn_gate_inp", "conv", "ssm_a", "bias"))
         return "F32" if small else types
     return types[tensor]
 
@@ -138,6 +141,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     else:
