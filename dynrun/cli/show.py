@@ -28,12 +28,12 @@ def show(
 
     Reads the header alone, however large the model. Example: dynrun show demo --template
     """
-    from dynrun.gguf.header import read_header
     from dynrun.gguf.quant_label import label_of
+    from dynrun.gguf.shards import read_whole_header
     from dynrun.models import resolve
 
     found = resolve(model)
-    header = read_header(found.path)
+    header = read_whole_header(found.path)
     data = {
         "name": found.name,
         "path": str(found.path),

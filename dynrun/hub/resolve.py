@@ -145,4 +145,4 @@ def _chosen(name: HubName, candidates: list[str], ask: Ask, why: str) -> Found:
     taken = candidates[0] if len(candidates) == 1 else ask(f"{why}; which of these is meant?", candidates)
     repository = fetch_repository(taken)
     renamed = replace(name, repository=repository.name, revision=MAIN)
-    return Found(renamed, repository, shelve(repository.files), f"{why}; {taken} has")
+    return Found(renamed, repository, shelve(repository.files), f"{why}; taking {taken}")
