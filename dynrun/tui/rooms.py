@@ -32,7 +32,10 @@ class Room:
         return found
 
 
-ROOMS = (Room("models", "Models", "f2", "models:ModelsScreen", "find, download and look at models"),)
+ROOMS = (
+    Room("models", "Models", "f2", "models:ModelsScreen", "find, download and look at models"),
+    Room("plan", "Plan", "f3", "plan:PlanScreen", "see what fits on this machine and how fast it will be"),
+)
 BY_MODE = {room.mode: room for room in ROOMS}
 
 

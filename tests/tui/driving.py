@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from textual import events
 from textual.pilot import Pilot
 from textual.widget import Widget
 
@@ -56,6 +57,12 @@ async def type_text(pilot: Pilot[Any], text: str) -> None:
     """Press the keys of ``text``."""
     names = {" ": "space", "\n": "enter"}
     await pilot.press(*(names.get(character, character) for character in text))
+
+
+async def paste(pilot: Pilot[Any], text: str) -> None:
+    """As a terminal does it."""
+    pilot.app.post_message(events.Paste(text))
+    await pilot.pause()
 
 
 def one(pilot: Pilot[Any], selector: str, kind: type[Widget] = Widget) -> Any:

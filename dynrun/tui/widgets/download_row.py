@@ -35,8 +35,8 @@ class DownloadRow(Widget, can_focus=True):
 
         .download--bar { color: $success; }
         .download--track { color: $panel-lighten-2; }
-        .download--error { color: $text-error; }
-        .download--quiet { color: $text-muted; }
+        .download--error { color: $error; }
+        .download--quiet { text-style: dim; }
 
         &:focus { background: $primary 25%; }
     }

@@ -31,7 +31,7 @@ class Slider(Widget, can_focus=True):
         width: 1fr;
         pointer: pointer;
 
-        .slider--label { color: $text-muted; }
+        .slider--label { text-style: dim; }
         .slider--track { color: $panel-lighten-2; }
         .slider--fill { color: $primary; }
         .slider--knob { color: $primary; text-style: bold; }
