@@ -126,7 +126,7 @@ def open_engine(blocks: Sequence[Block], path: Any, *, n_threads: int, n_gpu_lay
 def answer(block: Block, engine: BranchEngine) -> list[Answer]:
     """The answers to a block's questions."""
     scored = iter(engine.log_probabilities(block.prefix, block.branches))
-    return [_answer(one, [leaf for _ in one.branches for leaf in next(scored)]) for one in block.prepared]
+    return [_answer(one, [leaf.log_p for _ in one.branches for leaf in next(scored)]) for one in block.prepared]
 
 
 def _block(prepared: Sequence[_Prepared], shared: bool) -> Block:

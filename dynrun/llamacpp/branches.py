@@ -48,6 +48,14 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class LeafScore:
+    """For each token of a leaf its natural log-probability, and whether no other token was likelier there."""
+
+    log_p: LogP
+    is_top: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
 class _Entry:
     """A token of a batch; ``row``: what its logits are wanted for, (branch, leaf, index in the leaf, token) each."""
 
@@ -83,15 +91,15 @@ def cells(n_prefix: int, branches: Sequence[Branch], n_batch: int) -> int:
 class BranchEngine(Engine):
     """An engine whose cache holds a prefix for many sequences."""
 
-    def log_probabilities(self, prefix: Tokens, branches: Sequence[Branch]) -> list[list[LogP]]:
-        """For each branch and leaf the natural log-probability of each of the leaf's tokens.
+    def log_probabilities(self, prefix: Tokens, branches: Sequence[Branch]) -> list[list[LeafScore]]:
+        """For each branch and leaf the log-probabilities of the leaf's tokens.
 
         Raises ValueError where a branch does not fit into the cache beside the prefix, DynrunError for logits that are
         not finite.
         """
         units = list(branches) if self._sequences_share else [one for branch in branches for one in branch.split()]
         self._hold(prefix)
-        scored: list[LogP] = []
+        scored: list[LeafScore] = []
         for some in rounds(units, n_tokens=self.n_batch, n_sequences=self.n_seq_max - _FIRST):
             scored += self._round(len(prefix), some)
         # Split or not, leaves come in the same order.
@@ -114,21 +122,25 @@ class BranchEngine(Engine):
     def _memory(self) -> Any:
         return self._llama.llama_get_memory(self._context)
 
-    def _round(self, n_prefix: int, branches: Sequence[Branch]) -> list[LogP]:
+    def _round(self, n_prefix: int, branches: Sequence[Branch]) -> list[LeafScore]:
         """Log-probabilities of all leaves of ``branches``, one branch after another."""
         entries, n_sequences = _entries(n_prefix, branches)
         if n_prefix + len(entries) > self.n_ctx:
             raise ValueError(f"{n_prefix} + {len(entries)} tokens; this engine has {self.n_ctx} cells")
         for sequence in range(_FIRST, _FIRST + n_sequences) if n_prefix else ():
             self._llama.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
-        found = [[np.empty(len(leaf)) for leaf in branch.leaves] for branch in branches]
+        found = [
+            [LeafScore(np.empty(len(leaf)), np.empty(len(leaf), dtype=np.bool_)) for leaf in branch.leaves]
+            for branch in branches
+        ]
         for entry, row in self._decoded(entries):
             top = row.max()
             total = float(top) + float(np.log(np.exp(row - top).sum(dtype=np.float64)))
             if not np.isfinite(total):
                 raise DynrunError(f"{self.path} gives logits that are not finite", fix="the file is damaged")
             for branch, leaf, index, token in entry.wanted:
-                found[branch][leaf][index] = float(row[token]) - total
+                found[branch][leaf].log_p[index] = float(row[token]) - total
+                found[branch][leaf].is_top[index] = row[token] >= top
         for sequence in range(_FIRST, _FIRST + n_sequences):
             self._llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
         return [leaf for branch in found for leaf in branch]

@@ -38,6 +38,17 @@ def alone(model: Path, prefix: list[int], branch: Branch, leaf: tuple[int, ...])
     return [float(row[token]) for row, token in zip(log_p, leaf, strict=True)]
 
 
+def test_what_a_model_would_say_itself_is_known(model: Path) -> None:
+    with BranchEngine.open(model, n_ctx=256, n_batch=N_BATCH, n_seq_max=4, n_threads=1) as engine:
+        said = [5, 6]
+        for _ in range(3):
+            said.append(int(engine.logits(said, [len(said) - 1])[0].argmax()))
+        other = (said[2], (said[3] + 1) % 256, said[4])
+        ((same, changed),) = engine.log_probabilities([5], [Branch((6,), (tuple(said[2:]), other))])
+    assert same.is_top.tolist() == [True, True, True]
+    assert changed.is_top.tolist()[:2] == [True, False]
+
+
 @pytest.mark.parametrize("prefix", [[], [3], list(range(200, 260))], ids=["none", "one token", "longer than a batch"])
 @pytest.mark.parametrize("n_seq_max", [4, 16])
 def test_shared_beginnings_change_no_log_probability(model: Path, prefix: list[int], n_seq_max: int) -> None:
@@ -46,9 +57,9 @@ def test_shared_beginnings_change_no_log_probability(model: Path, prefix: list[i
         twice = [engine.log_probabilities(prefix, BRANCHES) for _ in range(2)]
     for found in twice:
         for branch, leaves in zip(BRANCHES, found, strict=True):
-            for leaf, log_p in zip(branch.leaves, leaves, strict=True):
+            for leaf, score in zip(branch.leaves, leaves, strict=True):
                 # Batches of another shape round otherwise (0.012 at most here); another context is off by nats.
-                assert log_p == pytest.approx(alone(model, prefix, branch, leaf), abs=0.03)
+                assert score.log_p == pytest.approx(alone(model, prefix, branch, leaf), abs=0.03)
 
 
 def test_a_branch_that_the_cache_has_no_room_for_is_refused(model: Path) -> None:

@@ -1,0 +1,79 @@
+"""`dynrun eval harness`: tasks of lm-evaluation-harness on a GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dynrun.cli import answers, options
+from dynrun.cli.output import emit, say
+
+if TYPE_CHECKING:
+    from dynrun.evaluation.harness import HarnessResults
+
+
+def eval_harness(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A path or name.")],
+    tasks: Annotated[str, typer.Option("--tasks", metavar="LIST", help="Names of the harness's tasks, with commas.")],
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="So many questions of each task.")] = None,
+    shots: Annotated[
+        int | None, typer.Option("--shots", min=0, help="Examples before each question (default: the task's own).")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Give prompts the model's chat template.")] = False,
+    include: Annotated[
+        Path | None, typer.Option("--include", metavar="DIR", help="A folder with tasks of your own (YAML).")
+    ] = None,
+    unsafe_code: Annotated[
+        bool, typer.Option("--unsafe-code", help="Run the code that the model writes, as HumanEval does. No sandbox!")
+    ] = False,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Prompts that are answered at once.")] = 4,
+    ctx: answers.Ctx = 4096,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="All that the harness says, samples too, as JSON.")
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Code, translation and every other task that EleutherAI's lm-evaluation-harness has.
+
+    It needs the extra `dynrun[harness]` and, for most tasks, a network.
+
+    Example: dynrun eval harness demo --tasks gsm8k,wmt16-en-de --limit 50 --chat
+    """
+    from dynrun.config import load_config
+    from dynrun.errors import UsageError
+    from dynrun.evaluation.harness import HarnessSettings, require_harness, run_harness
+    from dynrun.models import resolve
+
+    require_harness()
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if not names:
+        raise UsageError("no tasks", fix="name some: --tasks gsm8k,humaneval")
+    if include is not None and not include.is_dir():
+        raise UsageError(f"{include} is no folder", fix="check --include")
+    config, file = load_config(), resolve(model).path
+    settings = HarnessSettings(names, limit, shots, chat, include, unsafe_code, ctx, parallel)
+    found = run_harness(file, settings, n_threads=config.n_threads, n_gpu_layers=config.n_gpu_layers, say=say)
+    if out is not None:
+        found.write(out)
+    data = {
+        "model": file.name,
+        "harness": found.version,
+        "tasks": found.tasks,
+        "out": None if out is None else str(out),
+    }
+    emit(as_json, data, lambda: _show(found))
+
+
+def _show(found: HarnessResults) -> None:
+    table = answers.new_table("task", ["metric", "value", "± stderr"])
+    for task, metrics in found.tasks.items():
+        for name, value in metrics.items():
+            if "_stderr" not in name and name != "sample_len":
+                # acc has acc_stderr; exact_match,strict-match has exact_match_stderr,strict-match.
+                metric, comma, kind = name.partition(",")
+                error = metrics.get(f"{metric}_stderr{comma}{kind}")
+                table.add_row(task, name, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+    answers.show_table(table)
+    print(f"\nby lm-evaluation-harness {found.version}")
