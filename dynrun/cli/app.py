@@ -35,6 +35,7 @@ from dynrun.cli import (
     run,
     scheme,
     sensitivity,
+    serve,
     show,
     tui,
     verify,
@@ -44,7 +45,7 @@ from dynrun.errors import INTERRUPTED_EXIT_CODE, DynrunError, UsageError
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(pull.pull, rm.rm),
-    *(make.make, convert.convert, run.run, ls.ls, show.show, doctor.doctor, demo.demo),
+    *(make.make, convert.convert, run.run, serve.serve, ls.ls, show.show, doctor.doctor, demo.demo),
     *(imatrix.imatrix, sensitivity.sensitivity, allocate.allocate, quantize.quantize),
     *(verify.verify, compare.compare),
     plan.plan,

@@ -39,18 +39,10 @@ def demo(
 def _ask(file: Path, prompt: str, on_text: Callable[[str], None]) -> str:
     """The greedy answer of ``file``."""
     from dynrun.config import load_config
-    from dynrun.runtime.chat import answer
+    from dynrun.runtime.opening import ask_once
+    from dynrun.runtime.sampling import Sampling
 
-    config = load_config()
-    said = answer(
-        *(file, prompt),
-        system=None,
-        max_tokens=160,
-        temperature=0.0,
-        seed=1,
-        n_threads=config.n_threads,
-        n_gpu_layers=config.n_gpu_layers,
-        n_ctx=2048,
-        on_text=on_text,
-    )
+    config, sampling = load_config(), Sampling(temperature=0.0, seed=1, max_tokens=160)
+    threads, layers = config.n_threads, config.n_gpu_layers
+    said = ask_once(file, prompt, n_threads=threads, n_gpu_layers=layers, sampling=sampling, on_text=on_text)
     return said.text

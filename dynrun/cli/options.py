@@ -196,16 +196,16 @@ def constraints(
 
 def calibrated(command: Callable[..., None]) -> Callable[..., None]:
     """Give ``command`` the options of calibration in the place of its parameter ``settings``."""
-    return _with_options(command, {"": settings})
+    return with_options(command, {"": settings})
 
 
 def allocated(command: Callable[..., None]) -> Callable[..., None]:
     """Give ``command`` the options of calibration, of the menu and of constraints in the place of ``settings``."""
-    return _with_options(command, {"": settings, "menu": menu, "constraints": constraints})
+    return with_options(command, {"": settings, "menu": menu, "constraints": constraints})
 
 
-def _with_options(command: Callable[..., None], builders: Mapping[str, Callable[..., Any]]) -> Callable[..., None]:
-    """``command`` with the parameters of all ``builders`` in the place of ``settings``.
+def with_options(command: Callable[..., None], builders: Mapping[str, Callable[..., Any]]) -> Callable[..., None]:
+    """``command`` with the parameters of all ``builders`` in the place of ``settings``, a dataclass.
 
     The builder "" makes the settings, each other one the field of its name.
     """

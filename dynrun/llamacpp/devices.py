@@ -100,7 +100,7 @@ def model_devices(spec: str) -> Any:
 
 def _remote(host: str, port: int) -> Device:
     """As common/arg.cpp, add_rpc_devices, but unregistered: a later load that names no device must not find it."""
-    _greet(host, port)
+    greet(host, port)
     lib = _library()
     backend = lib["ggml_backend_reg_by_name"](b"RPC")
     address = backend and lib["ggml_backend_reg_get_proc_address"](backend, b"ggml_backend_rpc_add_server")
@@ -112,8 +112,11 @@ def _remote(host: str, port: int) -> Device:
     return _device(lib["ggml_backend_reg_dev_get"](server, 0))
 
 
-def _greet(host: str, port: int) -> None:
-    """Ask for the server's version: llama.cpp itself aborts the process where none answers, or waits for ever."""
+def greet(host: str, port: int) -> None:
+    """Ask for an RPC server's version: llama.cpp itself aborts the process where none answers, or waits for ever.
+
+    Raises NetworkError.
+    """
     try:
         # llama.cpp's transport knows IPv4 only.
         address = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4]

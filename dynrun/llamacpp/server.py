@@ -47,7 +47,9 @@ class ServerDiedError(DynrunError):
 
 
 class ServerOutOfMemoryError(ServerDiedError, DoesNotFitError):
-    """llama-server ended because memory ran out."""
+    """llama-server ended because memory ran out; ``host``: the RAM, not a device's."""
+
+    host = False
 
 
 class CancelledError(DynrunError):
@@ -151,9 +153,12 @@ class LlamaServer:
 
     def died(self, death: Death, text: str) -> ServerDiedError:
         """``death`` as an error."""
-        error = ServerOutOfMemoryError if death.kind in ("memory", "killed") else ServerDiedError
-        message = f"llama-server with {self.name} died: {death.cause}"
-        return error(message, fix=death.fix, log=self.log, lines=last_lines(text))
+        message, lines = f"llama-server with {self.name} died: {death.cause}", last_lines(text)
+        if death.kind not in ("memory", "killed"):
+            return ServerDiedError(message, fix=death.fix, log=self.log, lines=lines)
+        error = ServerOutOfMemoryError(message, fix=death.fix, log=self.log, lines=lines)
+        error.host = death.host
+        return error
 
     def log_text(self) -> str:
         """What it has logged since its start."""

@@ -292,9 +292,9 @@ def fit_params(model: Path, *, n_ctx: int) -> list[DeviceMemory]:
     return [DeviceMemory(name, int(a), int(b), int(c)) for name, a, b, c in rows]
 
 
-def devices() -> list[str]:
-    """The GPU devices that the compiled llama.cpp sees, as it names them."""
-    done = _run("llama-server", ["--list-devices"])
+def devices(rpc: Sequence[str] = ()) -> list[str]:
+    """The GPU devices that the compiled llama.cpp sees, as it names them, and those of RPC servers (``host:port``)."""
+    done = _run("llama-server", [*(("--rpc", ",".join(rpc)) if rpc else ()), "--list-devices"])
     text = _both(done)
     if "Available devices" not in text:
         raise _unproven(done, "listed no devices")

@@ -35,3 +35,10 @@ def image_part(path: Path) -> dict[str, Any]:
     if kind is None:
         raise UsageError(f"{path} is no image that llama.cpp reads", fix="convert it to PNG or JPEG")
     return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}}
+
+
+def find_mmproj(model: Path) -> Path | None:
+    """The image encoder that lies beside a model: a GGUF whose name begins with or holds ``mmproj``."""
+    names = sorted(path for path in model.parent.glob("*.gguf") if "mmproj" in path.name.lower())
+    # Of several precisions F16, which every backend runs.
+    return next((path for path in names if "f16" in path.stem.lower().split("-")), names[0] if names else None)

@@ -32,8 +32,10 @@ class Job:
     def options(self, placement: Placement) -> tuple[str, ...]:
         """llama-server's options. Raises NotFoundError where the template is no file."""
         rpc = ("--rpc", ",".join(self.rpc)) if self.rpc else ()
-        placed = (*placement.argv, "-t", str(self.n_threads), "--no-cache-idle-slots")
-        return ("-m", str(self.model), *rpc, *placed, *template_options(self.chat_template))
+        placed = (*rpc, *placement.argv, "-t", str(self.n_threads))
+        # It wants the cache of other prompts.
+        idle = () if placement.choice.prompt_cache_mib else ("--no-cache-idle-slots",)
+        return ("-m", str(self.model), *placed, *idle, *template_options(self.chat_template))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from dynrun.errors import DynrunError, NetworkError
 from dynrun.llamacpp.server import ServerOutOfMemoryError
-from dynrun.llamacpp.server_log import Death, memory_ran_out
+from dynrun.llamacpp.server_log import memory_ran_out
 from dynrun.runtime import ladder
 from dynrun.runtime.events import Event, Ready, Restarted, Starting
 from dynrun.runtime.history import Message, request_messages
@@ -127,8 +127,7 @@ class Session:
             return died
         text = server.log_text()
         # Metal and RPC devices refuse the batch and live on.
-        if isinstance(error, RefusedError) and error.kind == "server_error" and (line := memory_ran_out(text)):
-            death = Death(f"memory ran out: {line}", "use a smaller context (--ctx) or a smaller quant", "memory")
+        if isinstance(error, RefusedError) and error.kind == "server_error" and (death := memory_ran_out(text)):
             return server.died(death, text)
         return DynrunError(error.message, fix="see its log", log=server.log)
 

@@ -1,25 +1,19 @@
-"""A real llama-server on a tiny model: started, asked, killed; and `run` and `doctor` on top of it."""
+"""A real llama-server on a tiny model: started, asked, killed; and `doctor` on top of it."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 
 from dynrun.cli.app import main
-from dynrun.errors import UsageError
 from dynrun.llamacpp.build import RECORD, installation
 from dynrun.llamacpp.server import Server, ServerDiedError, ServerOutOfMemoryError
-from dynrun.runtime.chat import Answer, answer
 from tests.tiny import write_tiny_llama
 
 pytestmark = pytest.mark.native
@@ -28,11 +22,6 @@ pytestmark = pytest.mark.native
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", n_ctx_train=1024)
-
-
-def ask(path: Path, prompt: str = "the cat", **changes: Any) -> Answer:
-    settings: dict[str, Any] = {"system": None, "max_tokens": 12, "temperature": 0.0, "seed": 1, "n_threads": 1}
-    return answer(path, prompt, **{**settings, "n_ctx": 512, "on_text": lambda _: None, **changes})
 
 
 def test_a_server_answers_its_key_only_and_is_gone_afterwards(model: Path) -> None:
@@ -134,72 +123,6 @@ def test_running_out_of_memory_is_named_as_the_cause(little_memory: None, tmp_pa
         pass
     assert caught.value.exit_code == 5
     assert "--ctx" in caught.value.fix
-
-
-def test_an_answer_comes_piece_by_piece_and_the_same_again(model: Path) -> None:
-    pieces: list[str] = []
-    first = ask(model, on_text=pieces.append)
-    assert first.text == "".join(pieces)
-    assert first.text
-    assert first.timings.predicted_n == 12
-    assert first.timings.prompt_n > 5, "the prompt is put into the model's template"
-    assert min(first.timings.prompt_per_second, first.timings.predicted_per_second) > 0
-    assert ask(model).text == first.text
-
-
-def test_the_system_prompt_is_part_of_the_question(model: Path) -> None:
-    assert ask(model, system="Be brief.").timings.prompt_n > ask(model).timings.prompt_n
-
-
-def test_a_model_without_a_template_is_given_plain_text(tmp_path: Path) -> None:
-    plain = write_tiny_llama(tmp_path / "plain.gguf", chat_template=None)
-    given = ask(plain, "xyz")
-    assert given.timings.prompt_n == 3
-    assert given.text
-
-
-def test_a_prompt_longer_than_the_context_is_refused(model: Path) -> None:
-    with pytest.raises(UsageError, match="does not fit the context"):
-        ask(model, "x" * 600)
-
-
-def test_a_server_killed_in_mid_answer_is_reported_with_its_cause(tmp_path: Path) -> None:
-    # Large enough that the answer is not over before its first piece is read.
-    slow = write_tiny_llama(tmp_path / "slow.gguf", n_embd=1024, n_ff=4096, n_block=4)
-
-    def kill(_: str) -> None:
-        for child in psutil.Process().children():
-            if child.name() == "llama-server":
-                os.kill(child.pid, signal.SIGKILL)
-
-    with pytest.raises(ServerOutOfMemoryError, match="SIGKILL"):
-        ask(slow, max_tokens=400, on_text=kill)
-
-
-def test_run_gives_one_json_object(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("piped text\n"))
-    assert main(["run", str(model), "-p", "look:", "-n", "5", "--temperature", "0", "--json"]) == 0
-    given = json.loads(capsys.readouterr().out)
-    assert given["text"] == ask(model, "look:\n\npiped text", max_tokens=5).text
-    assert given["reasoning"] == ""
-    assert given["timings"]["predicted_n"] == 5
-    assert given["placement"]["backend"] == installation().backend
-    assert given["model"] == str(model)
-
-
-def test_run_prints_the_answer_on_stdout_and_the_rest_on_stderr(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plain = write_tiny_llama(tmp_path / "plain.gguf", chat_template=None)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("xyz"))
-    assert main(["run", str(plain), "-n", "8", "--temperature", "0"]) == 0
-    out, err = capsys.readouterr()
-    assert out.endswith("\n")
-    assert "\x1b" not in out
-    assert "plain text" in err
-    assert "answer: 8 tokens" in err
 
 
 def test_doctor_finds_a_whole_installation(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,9 +41,12 @@ def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     installation.cache_clear()
 
 
-def test_run_without_a_prompt_says_how_to_give_one(stdin: Stdin, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("option", [["--json"], ["--image", "a.png"]])
+def test_run_that_cannot_be_a_chat_says_how_to_give_a_prompt(
+    stdin: Stdin, capsys: pytest.CaptureFixture[str], option: list[str]
+) -> None:
     stdin(None)
-    assert main(["run", "demo"]) == 2
+    assert main(["run", "demo", *option]) == 2
     assert '-p "…", or pipe text' in capsys.readouterr().err
 
 
@@ -74,6 +77,47 @@ def test_run_refuses_an_infinite_temperature(stdin: Stdin, capsys: pytest.Captur
     stdin(None)
     assert main(["run", "demo", "-p", "x", "--temperature", "inf"]) == 2
     assert "temperature" in capsys.readouterr().err
+
+
+def test_run_without_a_model_or_a_conversation_asks_which(stdin: Stdin, capsys: pytest.CaptureFixture[str]) -> None:
+    stdin(None)
+    assert main(["run", "-p", "x"]) == 2
+    assert "which model?" in capsys.readouterr().err
+    assert main(["run", "--resume", "last", "-p", "x"]) == 4
+    assert "--chats" in capsys.readouterr().err
+
+
+def test_no_conversations_are_listed_where_none_was_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--chats"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["run", "--chats", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"chats": []}
+
+
+def test_an_image_needs_an_encoder_and_must_be_one(
+    stdin: Stdin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stdin(None)
+    path, image = write_tiny_llama(tmp_path / "tiny.gguf"), tmp_path / "a.png"
+    assert main(["run", str(path), "-p", "x", "--image", str(image)]) == 2
+    assert "no image encoder lies beside tiny.gguf" in capsys.readouterr().err
+    write_tiny_llama(tmp_path / "mmproj-F16.gguf")
+    assert main(["run", str(path), "-p", "x", "--image", str(image)]) == 4
+    assert "a.png" in capsys.readouterr().err
+
+
+def test_serving_another_machine_needs_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tiny_llama(tmp_path / "tiny.gguf")
+    assert main(["serve", str(path), "--host", "0.0.0.0"]) == 2  # noqa: S104
+    assert "--api-key-file" in capsys.readouterr().err
+    assert main(["serve", str(path), "--host", "0.0.0.0", "--api-key-file", str(tmp_path / "none")]) == 4  # noqa: S104
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_model_is_served_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tiny_llama(tmp_path / "tiny.gguf")
+    assert main(["serve", str(path), str(path)]) == 2
+    assert "named twice" in capsys.readouterr().err
 
 
 def test_run_of_a_missing_file_ends_with_exit_code_4(stdin: Stdin, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from dynrun.errors import DynrunError, NotFoundError
 from dynrun.llamacpp.build import RECORD, installation
 from dynrun.llamacpp.server import CancelledError, Listen, LlamaServer, Server, ServerDiedError, ServerOutOfMemoryError
-from dynrun.llamacpp.server_log import cause_of_death
+from dynrun.llamacpp.server_log import cause_of_death, memory_ran_out
 from tests.tiny import write_tiny_llama
 
 START = """\
@@ -52,6 +52,9 @@ ABORT_IN_MEMORY = """\
 /src/ggml/src/ggml.c:1644: GGML_ASSERT(ctx->mem_buffer != NULL) failed
 0.00.048.359 E ggml_aligned_malloc: insufficient memory (attempted to allocate  19.73 MB)
 """
+LONE_ASSERTION = "/src/ggml/src/ggml.c:1644: GGML_ASSERT(ctx->mem_buffer != NULL) failed\n"
+RPC_MEMORY = "0.01.000.000 E alloc_tensor_range: failed to allocate RPC0[127.0.0.1:50052] buffer of size 104857600\n"
+RPC_DEAD = "/src/ggml-rpc.cpp:566: Remote RPC server crashed or returned malformed response\n"
 ABORT = "/src/ggml/src/ggml-quants.c:4112: GGML_ASSERT(besti1 >= 0 && besti2 >= 0 && best_k >= 0) failed\n"
 TEMPLATE = """\
 error: the supplied chat template is not supported: {% for m in
@@ -71,6 +74,7 @@ BIND = """\
         pytest.param(KV_CACHE, 1, "memory", "insufficient memory (attempted to allocate 390625.00 MB)", id="kv-cache"),
         pytest.param(CUDA + LOAD_FAILED, 1, "memory", "cudaMalloc failed", id="device-memory"),
         pytest.param(ABORT_IN_MEMORY, -6, "memory", "insufficient memory", id="aborted-without-memory"),
+        pytest.param(LONE_ASSERTION, -6, "memory", "ctx->mem_buffer", id="aborted-without-memory-or-words"),
         pytest.param(TRUNCATED + LOAD_FAILED, 1, "model", "'blk.0.ffn_up.weight' data is not within", id="truncated"),
         pytest.param(ARCHITECTURE + LOAD_FAILED, 1, "model", "unknown model architecture: 'lxama'", id="architecture"),
         pytest.param("", -9, "killed", "SIGKILL", id="killed"),
@@ -88,6 +92,27 @@ def test_the_cause_of_a_death_is_read_from_the_log(log: str, exit_code: int, kin
     assert (death.kind, words in death.cause) == (kind, True), death
     assert death.fix
     assert "\n" not in death.cause
+
+
+@pytest.mark.parametrize(
+    ("log", "exit_code", "host"),
+    [(KV_CACHE, 1, True), (CUDA + LOAD_FAILED, 1, False), (RPC_MEMORY + LOAD_FAILED, 1, False), ("", -9, True)],
+)
+def test_whether_the_ram_or_a_device_ran_out_is_read_from_the_log(log: str, exit_code: int, host: bool) -> None:
+    assert cause_of_death(START + log, exit_code).host is host
+
+
+def test_a_dead_rpc_server_is_named_with_what_to_do() -> None:
+    death = cause_of_death(START + RPC_DEAD, -6)
+    assert death.kind == "aborted"
+    assert "start the RPC server again" in death.fix
+
+
+def test_a_server_that_lives_on_without_memory_is_known_by_its_log() -> None:
+    assert memory_ran_out(START + TRUNCATED) is None
+    death = memory_ran_out(START + CUDA)
+    assert death is not None
+    assert death.kind == "memory"
 
 
 def test_a_warning_about_memory_is_no_death_by_memory() -> None:
