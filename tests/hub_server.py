@@ -55,7 +55,8 @@ class Served:
 @dataclass
 class Hub:
     """``repositories``: the files of each data set; ``models`` of each model. ``refused``: status and X-Error-Code of
-    those that are closed, ``gated`` those whose files are.
+    those that are closed, ``gated`` those whose files are. ``xet``: files that are in Xet, with their hashes there;
+    ``xet_token`` leads to the Xet server, which is not here.
 
     ``fault``: what happens to the request for bytes (path in the repository, start, end) of a model's file;
     ``metadata_faults``: what happens to the next HEADs. ``ranges``: whether the storage knows them. ``requests``
@@ -66,6 +67,7 @@ class Hub:
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     models: dict[str, dict[str, Content]] = field(default_factory=dict)
     xet: dict[str, str] = field(default_factory=dict)
+    xet_token: dict[str, object] = field(default_factory=dict)
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     fault: Callable[[str, int, int], Fault | None] = lambda path, start, end: None
@@ -258,6 +260,8 @@ class _HubHandler(_Handler):
             self._send(refused[0], {"X-Error-Code": refused[1]})
         elif not self.hub.known(kind, repository):
             self._send(404, {"X-Error-Code": "RepoNotFound"})
+        elif is_api and rest[:1] == ["xet-read-token"]:
+            self._json(self.hub.xet_token, body=body) if self.hub.xet_token else self._send(404, {})
         elif is_api:
             tree = rest[:1] == ["tree"]
             self._json(self.hub.tree(kind, repository) if tree else self.hub.info(kind, repository), body=body)
@@ -279,7 +283,10 @@ class _HubHandler(_Handler):
         elif is_large(kind, path):
             headers |= {"X-Linked-Etag": f'"{digest(data)}"', "X-Linked-Size": str(size_of(data))}
             if path in self.hub.xet:
-                headers |= {"X-Xet-Hash": self.hub.xet[path], "X-Xet-Refresh-Route": f"{self.hub.url}/api/xet/token"}
+                headers |= {
+                    "X-Xet-Hash": self.hub.xet[path],
+                    "X-Xet-Refresh-Route": f"{self.hub.url}/api/models/{repository}/xet-read-token/x",
+                }
             location = f"{self.hub.storage}/{repository}/{quote(path)}?{SIGNATURE}"
             self._send(302, {**headers, "Location": location}, body=body)
         else:

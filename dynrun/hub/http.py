@@ -31,19 +31,26 @@ def hub_client(*, stall_s: float = STALL_S, connections: int = 8) -> httpx.Clien
     Raises NetworkError where HF_HUB_OFFLINE is set.
     """
     import httpx
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise NetworkError("HF_HUB_OFFLINE is set, and this needs the network", fix="unset it")
-    headers = {"User-Agent": f"dynrun/{__version__}", "Accept-Encoding": "identity"}
-    if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and (token := get_token()):
-        headers["Authorization"] = f"Bearer {token}"
     return httpx.Client(
-        headers=headers,
+        headers={**hub_headers(), "Accept-Encoding": "identity"},
         follow_redirects=True,
         timeout=httpx.Timeout(stall_s, connect=min(CONNECT_S, stall_s)),
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
     )
+
+
+def hub_headers() -> dict[str, str]:
+    """Who we are, and the user's token where there is one: for the Hub alone."""
+    from huggingface_hub import constants, get_token
+
+    headers = {"User-Agent": f"dynrun/{__version__}"}
+    if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and (token := get_token()):
+        headers["Authorization"] = f"Bearer {token}"
+    return headers
 
 
 def wait_asked_for(headers: Mapping[str, str]) -> float | None:

@@ -23,6 +23,7 @@ from dynrun.errors import DynrunError, NetworkError
 from dynrun.hub.http import STALL_S
 from dynrun.hub.part import Part
 from dynrun.hub.source import HttpSource, Incoming, PassingError
+from dynrun.hub.xet import XetSource
 
 _HASHERS = 3
 _HASH_BYTES = 4 << 20
@@ -30,6 +31,8 @@ _POLL_S = 0.02
 _SHOW_S = 0.1
 _SAVE_S = 1.0
 _END_S = 1.0
+# How long what went wrong is shown.
+_NOTE_S = 5.0
 _LONGEST_BACKOFF_S = 30.0
 
 
@@ -90,7 +93,8 @@ class Transfer:
         self._parts = tuple(parts)
         self._settings = settings
         self._on_checked = on_checked
-        self._source = HttpSource(stall_s=settings.stall_s, connections=settings.connections)
+        http = HttpSource(stall_s=settings.stall_s, connections=settings.connections)
+        self._source = XetSource(http, settings.stall_s)
         self._lock = threading.Condition()
         self._queue = deque(piece for part in parts for piece in self._pieces(part))
         self._active: list[_Piece] = []
@@ -101,7 +105,7 @@ class Transfer:
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._fetched = 0
-        self._note = ""
+        self._note, self._noted = "", 0.0
 
     @property
     def fetched_bytes(self) -> int:
@@ -132,7 +136,11 @@ class Transfer:
     def progress(self) -> Progress:
         """How far everything is."""
         files = [FileProgress(p.file.path, p.file.size, p.done_bytes, p in self._checked) for p in self._parts]
-        return Progress(tuple(files), self._fetched, self._note)
+        fresh = time.monotonic() - self._noted < _NOTE_S
+        return Progress(tuple(files), self._fetched, self._note if fresh else "")
+
+    def _tell(self, note: str) -> None:
+        self._note, self._noted = note, time.monotonic()
 
     def _attend(self, watch: Callable[[Progress], None]) -> None:
         saved = time.monotonic()
@@ -270,10 +278,9 @@ class Transfer:
             ) from error
         backoff = self._settings.backoff_s * 2 ** (failures - 1) * random.uniform(0.75, 1.25)  # noqa: S311
         seconds = min(backoff, _LONGEST_BACKOFF_S) if error.wait_s is None else error.wait_s
-        self._note = f"{file.name}: {error}; trying again in {seconds:.0f} s"
+        self._tell(f"{file.name}: {error}; trying again in {seconds:.0f} s")
         if self._stop.wait(seconds):
             raise _StoppedError
-        self._note = ""
 
     def _hash_all(self) -> None:
         while not self._stop.is_set():
@@ -291,7 +298,8 @@ class Transfer:
         for _ in range(self._settings.restarts):
             if self._hash(part) == part.file.etag:
                 break
-            self._note = f"{part.file.name} came with wrong bytes; fetching it again"
+            self._tell(f"{part.file.name} came with wrong bytes; fetching it again")
+            self._source.distrust(part.file)
             with self._lock:
                 self._whole.pop(part, None)
                 part.discard()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import socket
 import threading
 from collections import namedtuple
 from collections.abc import Iterator
@@ -296,3 +297,23 @@ def test_one_file_under_two_names_is_fetched_once(hub: Hub) -> None:
     assert right(hub, pulled)
     assert pulled.fetched_bytes == 300_000
     assert {file.sha256 for file in pulled.files} == {digest(noise(1, 300_000))}
+
+
+def test_a_xet_server_that_fails_or_stalls_is_left_for_http(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.xet = {name: f"{n + 1:064x}" for n, name in enumerate(SHARDS)}
+    notes: set[str] = set()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        # Connections are taken, and nothing is ever answered.
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for token in ({}, {"accessToken": "t", "exp": 2**40, "casUrl": address}):
+            hub.xet_token = token
+            pulled = fetch(watch=lambda progress: notes.add(progress.note))
+            assert right(hub, pulled)
+            assert pulled.fetched_bytes == total(hub)
+            hub.models["o/m"] = {name: data[::-1] for name, data in zip(SHARDS, content(hub), strict=True)}
+    assert any("Xet fails" in note for note in notes), notes
+    assert any("no bytes came any more from Xet" in note for note in notes), notes
+    assert f"GET /api/models/o/m/xet-read-token/{fetch_repository('o/m').commit}"[:40] in {r[:40] for r in hub.requests}
