@@ -83,13 +83,12 @@ def run_harness(
     """
     require_harness()
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     from dynrun.evaluation.harness_model import GgufModel
 
     # The harness prints on both; ours is for results.
     with redirect_stdout(sys.stderr), _as_our_errors():
-        manager = TaskManager(include_path=str(settings.include) if settings.include else None)
+        manager = _task_manager(settings)
         _check_tasks(settings.tasks, manager.match_tasks(list(settings.tasks)), manager.all_tasks)
         with GgufModel(model, settings, n_threads=n_threads, n_gpu_layers=n_gpu_layers, say=say) as subject:
             raw = simple_evaluate(
@@ -103,6 +102,18 @@ def run_harness(
                 log_samples=True,
             )
     return HarnessResults({name: _metrics(found) for name, found in raw["results"].items()}, raw)
+
+
+def _task_manager(settings: HarnessSettings) -> Any:
+    """Of the user's own tasks alone where no others are wanted: to read the harness's thousands takes a while."""
+    from lm_eval.tasks import TaskManager
+
+    if settings.include is None:
+        return TaskManager()
+    own = TaskManager(include_path=str(settings.include), include_defaults=False)
+    if set(settings.tasks) <= set(own.all_tasks):
+        return own
+    return TaskManager(include_path=str(settings.include))
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, Any]:

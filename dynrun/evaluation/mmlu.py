@@ -80,7 +80,9 @@ def _questions(dev: _Subjects, test: _Subjects, shots: int, prefix: str) -> Iter
 
 def _read(data: str) -> tuple[_Subjects, _Subjects]:
     if data.startswith(PREFIX):
-        dev, test = (_of_records(data_files(data, default_config="all", split=part)) for part in _PARTS)
+        # Both parts are wanted, whichever is named.
+        place = ":".join(data.split(":")[:3])
+        dev, test = (_of_records(data_files(place, default_config="all", split=part)) for part in _PARTS)
         return dev, test
     folder = data_files(data)[0]
     if not folder.is_dir():

@@ -14,6 +14,7 @@ from dynrun.errors import DynrunError, NotFoundError, UsageError
 from dynrun.evaluation.mmlu import mmlu
 from dynrun.evaluation.questions import Question, question_id, spread, with_unique_ids
 from dynrun.evaluation.tasks import NAMES, task
+from tests.hub_server import serving_here
 from tests.questions import sums, write_hellaswag, write_mmlu
 
 
@@ -84,20 +85,59 @@ def test_all_forms_of_the_files_are_one_task(tmp_path: Path, header: bool, lette
     ]
 
 
-def test_parquet_as_the_hub_has_it_is_the_same_task(tmp_path: Path) -> None:
+def write_parquet(path: Path, part: str, n: int) -> Path:
+    """A part of the two subjects, as `cais/mmlu` has it."""
     import pyarrow
     import pyarrow.parquet
 
+    rows = [
+        {"question": text, "subject": subject, "choices": choices, "answer": gold}
+        for subject in ("small_sums", "large_sums")
+        for text, choices, gold in sums(n, f"{subject} {part}")
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_parquet_as_the_hub_has_it_is_the_same_task(tmp_path: Path) -> None:
     for part, n in (("dev", 5), ("test", 6)):
-        rows = [
-            {"question": text, "subject": subject, "choices": choices, "answer": gold}
-            for subject in ("small_sums", "large_sums")
-            for text, choices, gold in sums(n, f"{subject} {part}")
-        ]
-        (tmp_path / "all").mkdir(exist_ok=True)
-        path = tmp_path / "all" / f"{part}-00000-of-00001.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        write_parquet(tmp_path / "all" / f"{part}-00000-of-00001.parquet", part, n)
     assert mmlu(str(tmp_path)) == mmlu(str(write_mmlu(tmp_path / "csv", header=False, letters=True)))
+
+
+CARD = """---
+configs:
+- config_name: one_subject
+  data_files: one_subject/*.parquet
+- config_name: all
+  data_files:
+  - split: test
+    path: all/test-*.parquet
+  - split: dev
+    path: all/dev-*.parquet
+---
+"""
+
+
+def test_data_of_the_hub_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {
+        f"all/{part}-0.parquet": write_parquet(tmp_path / f"{part}.parquet", part, n).read_bytes()
+        for part, n in (("dev", 5), ("test", 6), ("validation", 1))
+    }
+    ending = {"ctx_a": "He", "ctx_b": "", "activity_label": "Go", "endings": ["runs", "walks"], "label": "1"}
+    with serving_here(monkeypatch, tmp_path) as hub:
+        hub.repositories["cais/mmlu"] = {"README.md": CARD.encode(), **parts}
+        hub.repositories["o/h"] = {
+            f"data/{part}.jsonl": json.dumps(ending).encode() for part in ("train", "validation")
+        }
+        expected = mmlu(str(write_mmlu(tmp_path / "csv", header=False, letters=True)))
+        assert mmlu("hf:cais/mmlu") == mmlu("hf:cais/mmlu:all:test") == expected
+        assert len(task("hellaswag", "hf:o/h").questions) == 1
+        assert any(request.endswith("data/validation.jsonl") for request in hub.requests)
+        assert not any(request.endswith("data/train.jsonl") for request in hub.requests)
+        with pytest.raises(NotFoundError, match="no split 'test'"):
+            task("arc", "hf:o/h:default:test")
 
 
 @pytest.mark.parametrize(
