@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from dynrun import __version__
 from dynrun.cli import (
     allocate,
+    bench,
     compare,
     convert,
     demo,
@@ -45,7 +46,7 @@ from dynrun.errors import INTERRUPTED_EXIT_CODE, DynrunError, UsageError
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(pull.pull, rm.rm),
-    *(make.make, convert.convert, run.run, serve.serve, ls.ls, show.show, doctor.doctor, demo.demo),
+    *(make.make, convert.convert, run.run, serve.serve, bench.bench, ls.ls, show.show, doctor.doctor, demo.demo),
     *(imatrix.imatrix, sensitivity.sensitivity, allocate.allocate, quantize.quantize),
     *(verify.verify, compare.compare),
     plan.plan,

@@ -18,6 +18,7 @@ from dynrun.errors import UsageError
 from dynrun.gguf.header import read_header
 from dynrun.llamacpp import tools
 from dynrun.metrics.rates import Drift, drift, rate
+from dynrun.runtime.placement import Placement
 
 # A change of the anchor below this part is no throttling worth a word.
 _DRIFT = 0.03
@@ -56,7 +57,8 @@ def parse_tests(text: str) -> tuple[Workload, ...]:
 @dataclass(frozen=True)
 class Setup:
     """A model, as ``name``, in a ``placement`` that ``options`` tell llama-bench. ``bytes_per_token`` that one token of
-    text reads, over ``bytes_per_s``, is the least time it takes; 0 where that is not known."""
+    text reads, over ``bytes_per_s``, is the least time it takes; 0 where that is not known. ``planned`` where the
+    placement is the planner's."""
 
     name: str
     model: Path
@@ -64,6 +66,7 @@ class Setup:
     options: tuple[str, ...]
     bytes_per_token: float = 0.0
     bytes_per_s: float = 0.0
+    planned: Placement | None = None
 
 
 @dataclass(frozen=True)

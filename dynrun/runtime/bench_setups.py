@@ -86,6 +86,7 @@ def setups(
                 options=(*remote, *options),
                 bytes_per_token=planned.bytes_per_token if in_ram else 0.0,
                 bytes_per_s=bytes_per_s if in_ram else 0.0,
+                planned=planned if placement == "auto" else None,
             )
         )
     return made
