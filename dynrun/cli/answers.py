@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dynrun.cli.output import Ticker, megabytes, say
+from dynrun.cli.tables import Table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from dynrun.evaluation.questions import Task
     from dynrun.evaluation.runs import Run
     from dynrun.metrics.accuracy import Accuracy
@@ -65,47 +64,58 @@ def data_of(runs: list[Run]) -> dict[str, Any]:
     return {**rows[0], "rows": rows}
 
 
-def show_runs(runs: list[Run], by_subject: bool) -> None:
-    """Accuracy of each run, flips from the first, and what to know about the numbers."""
+def records(runs: list[Run], by_subject: bool) -> Iterator[dict[str, Any]]:
+    """For CSV: a line a run, and with ``by_subject`` a line for each subject before it."""
+    for row in data_of(runs)["rows"]:
+        subjects, about = row.pop("subjects"), {key: row[key] for key in ("task", "model")}
+        for subject, found in subjects.items() if by_subject else ():
+            yield {**about, "subject": subject, **found}
+        # A task has other settings and scores than another, the columns are the same.
+        yield {**about, "subject": "", **{key: row[key] for key in row if key not in ("settings", "scores", "run")}}
+
+
+def run_tables(runs: list[Run], by_subject: bool) -> list[Table]:
+    """Accuracy of each run, flips from the first, and what to know about the numbers; then each subject."""
     from dynrun.evaluation.runs import flips
 
     first, several = runs[0], len(runs) > 1
-    efficient = first.efficiency is not None
-    headings = ["size", "accuracy (95%)"]
+    headings = ["file", "size", "accuracy (95%)"]
     headings += ["flips (95%)", "right→wrong", "wrong→right"] if several else []
-    headings += ["efficiency /GiB (/GB)"] if efficient else []
-    table = new_table("file", headings)
+    headings += ["efficiency /GiB (/GB)"] if first.efficiency is not None else []
+    rows = []
     for run in runs:
         changed = flip_cells(flips(first, run)) if run is not first else ["–"] * 3
         gained = run.efficiency
         cells = [megabytes(run.size_bytes), accuracy_cell(run.accuracy()), *(changed if several else [])]
-        table.add_row(run.model, *cells, *([f"{gained.per_gib:,.2f} ({gained.per_gb:,.2f})"] if gained else []))
-    show_table(table)
-    if by_subject:
-        _show_subjects(runs)
-    _show_notes(runs)
+        rows.append((run.model, *cells, *([f"{gained.per_gib:,.2f} ({gained.per_gb:,.2f})"] if gained else [])))
+    whole = Table(tuple(headings), tuple(rows), notes=tuple(_notes(runs)))
+    return [whole, *([_subjects(runs)] if by_subject else [])]
 
 
-def _show_subjects(runs: list[Run]) -> None:
-    table = new_table("subject", ["questions", *(run.model for run in runs)])
-    for subject, found in runs[0].subjects.items():
-        table.add_row(subject, str(found.questions), *(accuracy_cell(run.subjects[subject]) for run in runs))
-    print()
-    show_table(table)
+def _subjects(runs: list[Run]) -> Table:
+    rows = [
+        (subject, str(found.questions), *(accuracy_cell(run.subjects[subject]) for run in runs))
+        for subject, found in runs[0].subjects.items()
+    ]
+    return Table(("subject", "questions", *(run.model for run in runs)), tuple(rows))
 
 
-def _show_notes(runs: list[Run]) -> None:
+def _notes(runs: list[Run]) -> Iterator[str]:
     first = runs[0]
     asked = f"{len(first.answers):,} questions of {first.task}"
-    print(f"\n{asked}, answers by {first.score}; guessing gives {first.chance:.1%}")
+    yield f"{asked}, answers by {first.score}; guessing gives {first.chance:.1%}"
     for run in runs:
         low, high = run.accuracy().ci95
         if low <= run.chance <= high:
-            print(f"{run.model} is not told from guessing: the interval includes {run.chance:.1%}")
+            yield f"{run.model} is not told from guessing: the interval includes {run.chance:.1%}"
         if run.shortened:
-            print(f"{run.model}: {run.shortened:,} prompts were longer than the context and lost shots")
+            yield f"{run.model}: {run.shortened:,} prompts were longer than the context and lost shots"
     if first.efficiency is not None:
-        print("efficiency: (accuracy in % − 25) / size; published figures are per GiB, though labelled GB")
+        yield "efficiency: (accuracy in % − 25) / size; published figures are per GiB, though labelled GB"
+
+
+def say_where(runs: list[Run]) -> None:
+    """Where the answers lie, for `eval flips`."""
     for run in runs:
         say(f"answers of {run.model}: {run.path}")
 
@@ -121,21 +131,3 @@ def flip_cells(found: Flips) -> list[str]:
     low, high = found.ci95
     share = f"{found.share:.1%} ({100 * low:.1f}–{100 * high:.1f})"
     return [share, str(found.right_to_wrong), str(found.wrong_to_right)]
-
-
-def new_table(first: str, headings: list[str]) -> Table:
-    """A plain table; all columns but the first are numbers."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first, overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
-
-
-def show_table(table: Table) -> None:
-    """On a terminal in its width, else in one that no cell is wrapped in."""
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)

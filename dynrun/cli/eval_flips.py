@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dynrun.cli import answers, options
-from dynrun.cli.output import emit
+from dynrun.cli import answers, options, tables
 
 if TYPE_CHECKING:
     from dynrun.evaluation.runs import Run
@@ -20,6 +19,8 @@ _RUN = "A run.json that `eval mmlu` or `eval task` wrote, or a model: then all i
 def eval_flips(
     first: Annotated[str, typer.Argument(metavar="RUN_A", help=_RUN)],
     second: Annotated[str, typer.Argument(metavar="RUN_B", help="The same of the other model.")],
+    as_csv: tables.AsCsv = False,
+    as_md: tables.AsMarkdown = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Flips between two models' stored answers (arXiv 2407.09141): right to wrong and wrong to right.
@@ -31,6 +32,7 @@ def eval_flips(
     from dynrun.errors import NotFoundError
     from dynrun.evaluation.runs import comparable, flips
 
+    form = tables.form_of(as_json, as_csv, as_md)
     pairs = comparable(_runs(first), _runs(second))
     if not pairs:
         raise NotFoundError(
@@ -38,7 +40,8 @@ def eval_flips(
             fix="run `dynrun eval mmlu` or `dynrun eval task` on both",
         )
     found = [(one, other, flips(one, other)) for one, other in pairs]
-    emit(as_json, {"rows": [_row(*row) for row in found]}, lambda: _show(found))
+    rows = [_row(*row) for row in found]
+    tables.print_in(form, {"rows": rows}, lambda: map(_record, rows), [_table(found)])
 
 
 def _runs(text: str) -> list[Run]:
@@ -59,11 +62,17 @@ def _row(first: Run, second: Run, found: Flips) -> dict[str, Any]:
     }
 
 
-def _show(found: list[tuple[Run, Run, Flips]]) -> None:
-    headings = ["questions", "flips (95%)", "right→wrong", "wrong→right", "changed", "p"]
-    table = answers.new_table("task", headings)
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "settings"}
+
+
+def _table(found: list[tuple[Run, Run, Flips]]) -> tables.Table:
+    rows = []
     for first, second, one in found:
-        cells = [f"{one.questions:,}", *answers.flip_cells(one), str(one.changed), f"{one.p_value:.3f}"]
-        table.add_row(f"{first.task}: {first.model} → {second.model}", *cells)
-    answers.show_table(table)
-    print("\nchanged: also from one wrong answer to another; p: McNemar's exact test that neither model is better")
+        cells = (f"{one.questions:,}", *answers.flip_cells(one), str(one.changed), f"{one.p_value:.3f}")
+        rows.append((f"{first.task}: {first.model} → {second.model}", *cells))
+    return tables.Table(
+        ("task", "questions", "flips (95%)", "right→wrong", "wrong→right", "changed", "p"),
+        tuple(rows),
+        notes=("changed: also from one wrong answer to another; p: McNemar's exact test that neither model is better",),
+    )

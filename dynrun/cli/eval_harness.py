@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dynrun.cli import answers, options
-from dynrun.cli.output import emit, say
+from dynrun.cli import answers, options, tables
+from dynrun.cli.output import say
 
 if TYPE_CHECKING:
     from dynrun.evaluation.harness import HarnessResults
@@ -33,6 +33,8 @@ def eval_harness(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="All that the harness says, samples too, as JSON.")
     ] = None,
+    as_csv: tables.AsCsv = False,
+    as_md: tables.AsMarkdown = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Code, translation and every other task that EleutherAI's lm-evaluation-harness has.
@@ -46,6 +48,7 @@ def eval_harness(
     from dynrun.evaluation.harness import HarnessSettings, require_harness, run_harness
     from dynrun.models import resolve
 
+    form = tables.form_of(as_json, as_csv, as_md)
     require_harness()
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     if not names:
@@ -63,17 +66,23 @@ def eval_harness(
         "tasks": found.tasks,
         "out": None if out is None else str(out),
     }
-    emit(as_json, data, lambda: _show(found))
+    shown = _table(found)
+    tables.print_in(form, data, lambda: _records(shown), [shown])
 
 
-def _show(found: HarnessResults) -> None:
-    table = answers.new_table("task", ["metric", "value", "± stderr"])
+def _table(found: HarnessResults) -> tables.Table:
+    rows = []
     for task, metrics in found.tasks.items():
         for name, value in metrics.items():
             if "_stderr" not in name and name != "sample_len":
                 # acc has acc_stderr; exact_match,strict-match has exact_match_stderr,strict-match.
                 metric, comma, kind = name.partition(",")
                 error = metrics.get(f"{metric}_stderr{comma}{kind}")
-                table.add_row(task, name, f"{value:.4f}", "" if error is None else f"{error:.4f}")
-    answers.show_table(table)
-    print(f"\nby lm-evaluation-harness {found.version}")
+                rows.append((task, name, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
+    return tables.Table(
+        ("task", "metric", "value", "± stderr"), tuple(rows), notes=(f"by lm-evaluation-harness {found.version}",)
+    )
+
+
+def _records(table: tables.Table) -> list[dict[str, str]]:
+    return [dict(zip(("task", "metric", "value", "stderr"), row, strict=True)) for row in table.rows]

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dynrun.cli import answers, options
-from dynrun.cli.output import emit
+from dynrun.cli import answers, options, tables
 
 
 def eval_mmlu(
@@ -26,6 +25,8 @@ def eval_mmlu(
     ] = "",
     ctx: answers.Ctx = 4096,
     by_subject: answers.BySubject = False,
+    as_csv: tables.AsCsv = False,
+    as_md: tables.AsMarkdown = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Accuracy on MMLU with its 95% interval, flips between files, and efficiency.
@@ -36,6 +37,9 @@ def eval_mmlu(
     """
     from dynrun.evaluation.mmlu import mmlu
 
+    form = tables.form_of(as_json, as_csv, as_md)
     task = mmlu(data, shots=shots, answer_prefix=answer_prefix).limited(limit)
     runs = answers.run_models(models, task, ctx)
-    emit(as_json, answers.data_of(runs), lambda: answers.show_runs(runs, by_subject))
+    shown = answers.run_tables(runs, by_subject)
+    tables.print_in(form, answers.data_of(runs), lambda: answers.records(runs, by_subject), shown)
+    answers.say_where(runs)

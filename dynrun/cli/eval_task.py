@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dynrun.cli import answers, options
-from dynrun.cli.output import emit
+from dynrun.cli import answers, options, tables
 
 
 def eval_task(
@@ -28,6 +27,8 @@ def eval_task(
     shots: Annotated[int, typer.Option("--shots", min=0, help="Answered examples before each question.")] = 0,
     ctx: answers.Ctx = 4096,
     by_subject: answers.BySubject = False,
+    as_csv: tables.AsCsv = False,
+    as_md: tables.AsMarkdown = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Accuracy on a multiple-choice benchmark with its 95% interval, and flips between files.
@@ -39,6 +40,9 @@ def eval_task(
     """
     from dynrun.evaluation.tasks import task
 
+    form = tables.form_of(as_json, as_csv, as_md)
     asked = task(name, data, dev=dev, shots=shots).limited(limit)
     runs = answers.run_models(models, asked, ctx)
-    emit(as_json, answers.data_of(runs), lambda: answers.show_runs(runs, by_subject))
+    shown = answers.run_tables(runs, by_subject)
+    tables.print_in(form, answers.data_of(runs), lambda: answers.records(runs, by_subject), shown)
+    answers.say_where(runs)
