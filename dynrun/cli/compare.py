@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynrun.cli import options, tables
+from dynrun.cli.command_line import command_line
 from dynrun.cli.eval_kld import Continuations, TextNames, continuation_table, domain_table, mean, measured, scored_texts
-from dynrun.cli.output import StageReporter, megabytes
+from dynrun.cli.output import StageReporter, megabytes, say
 
 if TYPE_CHECKING:
     from dynrun.evaluation.compare import Compared, Comparison, Named
@@ -31,6 +32,13 @@ Presets = Annotated[
     ),
 ]
 
+ByDomain = Annotated[
+    bool, typer.Option("--domains", help="A table of each text, or of each kind of conversation, as well.")
+]
+ReportFolder = Annotated[
+    Path | None, typer.Option("--report", metavar="DIR", help="Write a page, a model card and plots there.")
+]
+
 
 @options.calibrated
 def compare(
@@ -42,9 +50,8 @@ def compare(
     text: TextNames = None,
     eval_tokens: Annotated[int, typer.Option("--eval-tokens", min=64, help="Tokens to score, of each text.")] = 16384,
     continuations: Continuations = 0,
-    by_domain: Annotated[
-        bool, typer.Option("--domains", help="A table of each text, or of each kind of conversation, as well.")
-    ] = False,
+    by_domain: ByDomain = False,
+    report: ReportFolder = None,
     as_csv: tables.AsCsv = False,
     as_md: tables.AsMarkdown = False,
     as_json: options.AsJson = False,
@@ -68,7 +75,22 @@ def compare(
     own = rows[: len(files)]
     shown += [domain_table(own)] if by_domain or len(text or ()) > 1 else []
     shown += [continuation_table(own)] if continuations else []
-    tables.print_in(form, {**found.to_json(), "plots": []}, lambda: _records(found), shown)
+    told = write_comparison(found, reference, report)
+    tables.print_in(form, {**found.to_json(), **told}, lambda: _records(found), shown)
+
+
+def write_comparison(found: Comparison, reference: str, folder: Path | None) -> dict[str, Any]:
+    """The report of a comparison, where one is wanted; what `--json` says of it."""
+    if folder is None:
+        return {"report": None, "card": None, "plots": []}
+    from dynrun.models import resolve
+    from dynrun.report.compared import compared_report
+    from dynrun.report.folder import write_report
+
+    report = compared_report(found, resolve(reference).name, commands=command_line())
+    written = write_report(report, folder)
+    say(f"report: {written.page}")
+    return {"report": str(written.page), "card": str(written.card), "plots": list(map(str, written.plots))}
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from dynrun.evaluation.compare import Named, compare
 from dynrun.evaluation.kld import Row
-from dynrun.report.compared import compared_report
+from dynrun.report.compared import TEXT, compared_report
 from dynrun.report.data import Report
-from dynrun.report.made import TEXT, MadeFile, renamed, warnings
+from dynrun.report.made import MadeFile, renamed, warnings
 from dynrun.scheme import sha256
 
 

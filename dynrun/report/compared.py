@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dynrun import __version__
 from dynrun.artifacts import sha256_file
+from dynrun.calibration.dataset import BUILTIN_NAME
+from dynrun.errors import DynrunError
 from dynrun.evaluation.compare import Comparison
 from dynrun.evaluation.kld import Row
 from dynrun.gguf.header import Header
@@ -21,8 +24,11 @@ from dynrun.quantize import MODEL_FILE
 from dynrun.report.answers import task_results
 from dynrun.report.card import card_of
 from dynrun.report.data import MADE, OTHER, STOCK, CurvePoint, Domain, FileResult, Report, Versus
+from dynrun.scheme import read_scheme, sha256
+from dynrun.scheme_types import Slopes
 
 _OWN = "dynrun.version"
+TEXT = "the shipped test conversations, which nothing was calibrated on"
 
 
 def compared_report(
@@ -41,13 +47,14 @@ def compared_report(
     score = comparison.rows[0].row.score
     return Report(
         model=model,
-        text=", ".join(comparison.texts),
+        text=", ".join(TEXT if text == BUILTIN_NAME else Path(text).name for text in comparison.texts),
         n_tokens=score.n_tokens,
         ppl_reference=score.ppl_reference,
         files=tuple(named),
         curve=tuple(CurvePoint(p.label, p.row.size_bytes, p.row.kld.mean, p.on_curve) for p in comparison.curve),
         versus=_versus(comparison, named),
         tasks=task_results(comparison.reference, dict(zip((f.name for f in named), paths, strict=True))),
+        slopes=_slopes(row.row for row in comparison.rows),
         provenance=_provenance(comparison, reference),
         commands=tuple(commands),
         notes=comparison.notes,
@@ -97,6 +104,23 @@ def _versus(comparison: Comparison, named: Sequence[FileResult]) -> tuple[Versus
         if (ratio := one.row.ratio_to(near[1].row)) is not None:
             found.append(Versus(file.name, near[0].name, ratio))
     return tuple(found)
+
+
+def _slopes(rows: Iterable[Row]) -> Slopes:
+    """Those of the first file whose own scheme lies beside it: what was measured of the model that they share."""
+    for row in rows:
+        beside = row.file.with_suffix(".scheme.toml")
+        known = read_whole_header(row.file).metadata.get("dynrun.scheme.sha256")
+        if known is None or not beside.is_file():
+            continue
+        try:
+            scheme = read_scheme(beside)
+        except DynrunError:
+            # Somebody's file that happens to be called so.
+            continue
+        if sha256(scheme) == known and scheme.slopes:
+            return scheme.slopes
+    return {}
 
 
 def _provenance(comparison: Comparison, reference: Header) -> tuple[tuple[str, str], ...]:

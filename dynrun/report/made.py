@@ -14,12 +14,10 @@ from dynrun.calibration.stage import ImatrixStage
 from dynrun.evaluation.compare import Named, compare
 from dynrun.evaluation.kld import Row
 from dynrun.models import Reference
-from dynrun.report.compared import compared_report
+from dynrun.report.compared import TEXT, compared_report
 from dynrun.report.data import FileResult, Report
 from dynrun.report.text import kld
 from dynrun.scheme import Scheme, sha256
-
-TEXT = "the shipped test conversations, which nothing was calibrated on"
 
 
 @dataclass(frozen=True)
