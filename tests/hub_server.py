@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import struct
 import threading
@@ -145,6 +146,32 @@ def git_hash(data: Content) -> str:
     """What git calls a file; of a large one it would be the pointer's, which nobody looks at."""
     content = data if isinstance(data, bytes) else digest(data).encode()
     return sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+FAULTS = ("401", "403", "404", "429", "500", "503", "stall", "reset", "truncate", "wrong", "late")
+
+
+def let_all_go_wrong(hub: Hub, generator: random.Random) -> tuple[list[str], set[str]]:
+    """Each fault once, in random order, at random requests and bytes; two more for HEADs.
+
+    The lists fill and empty as it happens: the faults that are still to come, and the files that got wrong bytes.
+    """
+    faults = generator.sample(FAULTS, len(FAULTS))
+    lock, spoiled = threading.Lock(), set[str]()
+
+    def fault(path: str, start: int, end: int) -> Fault | None:
+        with lock:
+            if not faults or generator.random() < 0.3:
+                return None
+            if (kind := faults.pop()) == "wrong":
+                spoiled.add(path)
+            elif kind == "late":
+                threading.Timer(0.1, hub.release.set).start()
+            return Fault(kind, after=generator.randrange(end - start), headers=(("Retry-After", "0"),))
+
+    hub.fault = fault
+    hub.metadata_faults = [Fault(kind) for kind in generator.sample(["500", "503", "429", "stall"], 2)]
+    return faults, spoiled
 
 
 @contextmanager
@@ -335,7 +362,7 @@ class _StorageHandler(_Handler):
                     at += os.sendfile(self.connection.fileno(), stream.fileno(), at, min(stop - at, 1 << 24))
         else:
             piece = bytearray(data[start:stop])
-            if fault and fault.kind == "wrong" and piece:
+            if fault and fault.kind == "wrong":
                 piece[fault.after % len(piece)] ^= 0xFF
             self.wfile.write(piece)
         self.hub.served.append(Served(path, start, stop - start, fault))

@@ -31,6 +31,9 @@ _POLL_S = 0.02
 _SHOW_S = 0.1
 _SAVE_S = 1.0
 _END_S = 1.0
+_SPLIT_POLL_S = 1.0
+# Less than this is not worth a connection.
+_SPLIT_BYTES = 1 << 20
 # How long what went wrong is shown.
 _NOTE_S = 5.0
 _LONGEST_BACKOFF_S = 30.0
@@ -40,8 +43,9 @@ _LONGEST_BACKOFF_S = 30.0
 class TransferSettings:
     """``attempts`` in a row without a byte are made for a piece, if no more than ``refusals`` of them read like one.
 
-    A file with wrong bytes is begun ``restarts`` times more. Idle connections take half of a piece that has
-    ``split_bytes`` to go.
+    A file with wrong bytes is begun ``restarts`` times more. When nothing else is left, idle connections take half of
+    a piece that would last longer than ``split_s``: some connections are slow. Elsewhere nobody is cut off, as what is
+    on the way then would be fetched twice.
     """
 
     connections: int = 8
@@ -51,7 +55,7 @@ class TransferSettings:
     refusals: int = 4
     restarts: int = 2
     piece_bytes: int = 64 << 20
-    split_bytes: int = 8 << 20
+    split_s: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,23 @@ class Progress:
 
 @dataclass
 class _Piece:
-    """Bytes [position, end) of ``part`` are somebody's to fetch."""
+    """Bytes [position, end) of ``part`` are somebody's to fetch; ``started`` and ``start`` tell how fast they come."""
 
     part: Part
     position: int
     end: int
+    start: int = 0
+    started: float = 0.0
+
+    def begin(self) -> None:
+        """The clock runs."""
+        self.start, self.started = self.position, time.monotonic()
+
+    @property
+    def seconds_left(self) -> float:
+        """At the rate so far."""
+        rate = (self.position - self.start) / max(time.monotonic() - self.started, 1e-3)
+        return (self.end - self.position) / max(rate, 1.0)
 
 
 class _StoppedError(Exception):
@@ -198,24 +214,27 @@ class Transfer:
                 self._lock.notify_all()
 
     def _next_piece(self) -> _Piece | None:
-        """A piece of the queue, or the second half of the one with most to go; None at the end of all."""
+        """A piece of the queue, or the second half of the slowest; None at the end of all."""
         with self._lock:
             while not self._stop.is_set() and len(self._checked) < len(self._parts):
                 piece = self._queue.popleft() if self._queue else self._split()
                 if piece is not None:
+                    piece.begin()
                     self._active.append(piece)
                     return piece
-                self._lock.wait()
+                self._lock.wait(_SPLIT_POLL_S)
         return None
 
     def _split(self) -> _Piece | None:
         found = [piece for piece in self._active if piece.part not in self._whole]
-        largest = max(found, key=lambda piece: piece.end - piece.position, default=None)
-        if largest is None or largest.end - largest.position < self._settings.split_bytes:
+        slowest = max(found, key=lambda piece: piece.seconds_left, default=None)
+        if slowest is None or slowest.seconds_left < self._settings.split_s:
             return None
-        middle = (largest.position + largest.end) // 2
-        rest = _Piece(largest.part, middle, largest.end)
-        largest.end = middle
+        middle = (slowest.position + slowest.end) // 2
+        if slowest.end - middle < _SPLIT_BYTES:
+            return None
+        rest = _Piece(slowest.part, middle, slowest.end)
+        slowest.end = middle
         return rest
 
     def _fetch(self, piece: _Piece) -> None:
