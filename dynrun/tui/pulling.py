@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from dynrun.errors import NotFoundError, UsageError
 from dynrun.hub.files import Variant
 from dynrun.hub.resolve import Found, HubName, find, parse_name
-from dynrun.hub.search import Hit, search
 from dynrun.hub.transfer import Progress
 from dynrun.tui.jobs import Job
 from dynrun.tui.messages import Frozen
+from dynrun.tui.words import size
 
-__all__ = ["Found", "Hit", "PullProgress", "discard", "name_of", "open_repository", "pull", "search"]
+if TYPE_CHECKING:
+    from dynrun.models import Listed
 
 
 @dataclass(eq=False)
@@ -72,6 +74,31 @@ def discard(model: str) -> int:
             bytes_file.unlink()
             note.unlink()
     return freed
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What the user is asked before a model is deleted, and how that is done."""
+
+    question: str
+    freed_bytes: int
+    execute: Callable[[], None]
+
+
+def plan_deletion(model: Listed) -> Removal:
+    """Of a made, built-in or pulled model. Raises NotFoundError where it is gone already."""
+    from dynrun.hub.local import find_local, plan_removal
+    from dynrun.models import kept
+
+    own = kept(model.name)
+    if own is not None:
+        names, freed, execute = own.names, own.freed_bytes, own.execute
+    else:
+        local = find_local(parse_name(model.name))
+        removal = plan_removal(local.repository, [file.path for file in local.variant.files])
+        names, freed, execute = removal.names, removal.freed_bytes, removal.execute
+    listed = "\n".join(str(name) for name in names)
+    return Removal(f"Delete {model.name}? It frees {size(freed)}.\n\n{listed}", freed, execute)
 
 
 def _is_of(path: str, name: HubName) -> bool:

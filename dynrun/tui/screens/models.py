@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from textual import on
@@ -11,9 +12,12 @@ from textual.containers import Container, Vertical
 from textual.dom import DOMNode
 from textual.widgets import ContentSwitcher, DataTable, Input
 
+from dynrun.hub.resolve import Found
+from dynrun.hub.search import Hit, search
 from dynrun.tui import catalog, pulling
 from dynrun.tui.jobs import running, start_job, stop_jobs
 from dynrun.tui.messages import JobDone, JobFailed, JobStopped, ModelsChanged, Visit
+from dynrun.tui.screens.confirm import ConfirmScreen
 from dynrun.tui.screens.room import RoomScreen
 from dynrun.tui.unfinished import remember, unfinished
 from dynrun.tui.widgets.download_row import DownloadRow, State
@@ -24,8 +28,8 @@ from dynrun.tui.widgets.model_table import ModelTable
 from dynrun.tui.widgets.repository_details import RepositoryDetails
 from dynrun.tui.words import size
 
-LISTING, DETAILS, SEARCH, REPOSITORY, PULL, DISCARD = (
-    f"models.{name}" for name in ("list", "details", "search", "repository", "pull", "discard")
+LISTING, DETAILS, SEARCH, REPOSITORY, PULL, DISCARD, DELETION, DELETE = (
+    f"models.{name}" for name in ("list", "details", "search", "repository", "pull", "discard", "deletion", "delete")
 )
 
 
@@ -52,6 +56,7 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
         Binding("m", "visit('make')", "Make", id="models.make"),
         Binding("b", "visit('bench')", "Bench", id="models.bench"),
         Binding("d", "pull", "Download", id="models.pull"),
+        Binding("delete,backspace", "delete", "Delete", key_display="del", id="models.delete"),
         Binding("r", "refresh", "Refresh", show=False, id="models.refresh"),
         Binding("escape", "back", "Back", show=False, id="models.back"),
     ]
@@ -77,6 +82,11 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
         self.action_refresh()
         for model in unfinished():
             self.query_one(Downloads).add(model, "paused")
+
+    async def visit(self, visit: Visit) -> None:
+        """From Plan: a quant to download."""
+        if visit.model:
+            self._pull(visit.model)
 
     # What is on this machine
 
@@ -106,6 +116,21 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
         else:
             self.action_visit("plan")
 
+    def action_delete(self) -> None:
+        if (model := self.query_one(ModelTable).chosen) is not None and model.listed.size_bytes:
+            start_job(self, lambda _: pulling.plan_deletion(model.listed), group=DELETION, exclusive=True)
+
+    def _ask_to_delete(self, removal: pulling.Removal) -> None:
+        def delete() -> str:
+            removal.execute()
+            return size(removal.freed_bytes)
+
+        def answered(yes: bool | None) -> None:
+            if yes:
+                start_job(self, lambda _: delete(), group=DELETE)
+
+        self.app.push_screen(ConfirmScreen(removal.question, "Delete"), answered)
+
     # The Hub
 
     @property
@@ -124,10 +149,8 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
         """From the quants to the hits, from the hits to this machine."""
         if self.focused is self.query_one("#quants"):
             self.query_one(HitTable).focus()
-        elif self._on_hub:
-            self._show_lists("local", "details")
-            self.query_one(ModelTable).focus()
         else:
+            self._show_lists("local", "details")
             self.query_one("#search", Input).value = ""
             self.query_one(ModelTable).focus()
 
@@ -140,7 +163,7 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
         if words := event.value.strip():
             self._show_lists("hits", "repository")
             self.query_one(RepositoryDetails).say(f"searching the Hub for {words} …")
-            start_job(self, lambda _: pulling.search(words), group=SEARCH, name=words, exclusive=True)
+            start_job(self, lambda _: search(words), group=SEARCH, name=words, exclusive=True)
 
     @on(DataTable.RowSelected, "#hits")
     def _open_repository(self) -> None:
@@ -212,24 +235,38 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
     # What workers tell
 
     def on_job_done(self, message: JobDone) -> None:
-        if message.group == LISTING:
-            self.query_one(ModelTable).show(message.result)
-            if not message.result:
-                self.query_one(ModelDetails).clear()
-        elif message.group == DETAILS:
-            self.query_one(ModelDetails).show(message.result)
-        elif message.group == SEARCH:
-            self._show_hits(message.name, message.result)
-        elif message.group == REPOSITORY:
-            self.query_one(RepositoryDetails).show(*message.result)
-            self.query_one("#quants").focus()
-            self.refresh_bindings()
-        elif message.group == DISCARD:
-            self.notify(f"{size(message.result)} of {message.name} freed")
-        elif message.group.startswith(PULL):
+        if message.group.startswith(f"{PULL}."):
             self._pull_ended(message.name, "done")
+        else:
+            self._results[message.group](message)
 
-    def _show_hits(self, words: str, hits: list[pulling.Hit]) -> None:
+    @property
+    def _results(self) -> dict[str, Callable[[JobDone], None]]:
+        return {
+            LISTING: lambda done: self._show_models(done.result),
+            DETAILS: lambda done: self.query_one(ModelDetails).show(done.result),
+            SEARCH: lambda done: self._show_hits(done.name, done.result),
+            REPOSITORY: lambda done: self._show_repository(*done.result),
+            DISCARD: lambda done: self.notify(f"{size(done.result)} of {done.name} freed"),
+            DELETION: lambda done: self._ask_to_delete(done.result),
+            DELETE: lambda done: self._deleted(done.result),
+        }
+
+    def _show_models(self, models: list[catalog.LocalModel]) -> None:
+        self.query_one(ModelTable).show(models)
+        if not models:
+            self.query_one(ModelDetails).clear()
+
+    def _show_repository(self, found: Found, here: frozenset[str]) -> None:
+        self.query_one(RepositoryDetails).show(found, here)
+        self.query_one("#quants").focus()
+        self.refresh_bindings()
+
+    def _deleted(self, freed: str) -> None:
+        self.notify(f"{freed} freed")
+        self.post_message(ModelsChanged())
+
+    def _show_hits(self, words: str, hits: list[Hit]) -> None:
         table = self.query_one(HitTable)
         table.show(hits)
         table.focus()
@@ -244,7 +281,7 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
             self.post_message(ModelsChanged())
 
     def on_job_failed(self, message: JobFailed) -> None:
-        if message.group.startswith(PULL):
+        if message.group.startswith(f"{PULL}."):
             self._pull_ended(message.name, "failed", message.message)
         elif message.group in (SEARCH, REPOSITORY):
             self.query_one(RepositoryDetails).say(message.message)
@@ -254,7 +291,7 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
     def on_job_stopped(self, message: JobStopped) -> None:
         if message.name in self._dropped:
             self._discard(message.name)
-        elif message.group.startswith(PULL):
+        elif message.group.startswith(f"{PULL}."):
             self._pull_ended(message.name, "paused")
 
     def stop(self) -> bool:
@@ -269,7 +306,7 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
         if not self.is_mounted:
             return True
         # The other rooms take what is on this machine.
-        if action == "visit":
+        if action in ("visit", "delete"):
             return not self._on_hub
         if action == "pull":
             return self._on_hub and self.query_one(RepositoryDetails).found is not None

@@ -95,6 +95,7 @@ placement, `b` measures it, `y` copies the llama-server command, `d` downloads t
                 yield MemoryBars(id="bars")
                 yield LayerMap(id="map")
                 yield Static("", id="command", markup=False)
+            yield Static("", id="fault", markup=False)
 
     def on_mount(self) -> None:
         self.query_one("#placed").display = False
@@ -142,7 +143,10 @@ placement, `b` measures it, `y` copies the llama-server command, `d` downloads t
             self._choose()
 
     def on_quant_recommended(self, message: QuantRecommended) -> None:
-        self.query_one(QuantTable).recommend(message.index)
+        table = self.query_one(QuantTable)
+        table.recommend(message.index)
+        if not self._knobs.manual and table.chosen == 0:
+            table.move_cursor(row=message.index)
 
     def on_job_failed(self, message: JobFailed) -> None:
         if message.group == OPEN:
@@ -167,6 +171,7 @@ placement, `b` measures it, `y` copies the llama-server command, `d` downloads t
         quant = self.quant
         placed = self.query_one("#placed")
         placed.display = quant is not None and quant.facts is not None
+        self.query_one("#fault", Static).update(quant.error if quant else "")
         if quant is None or quant.facts is None:
             return
         steps = contexts(quant.facts.n_ctx_train)
