@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,12 +65,13 @@ def bench(
 
     from dynrun.runtime.bench import Limits, parse_tests
     from dynrun.runtime.bench_history import keep
+    from dynrun.runtime.bench_result import result_of
     from dynrun.runtime.bench_setups import parse_placements
 
     wanted, named = parse_tests(tests), parse_placements(placements)
     machine, made = _setups(models, named, settings)
     found = _measure(made, wanted, Limits(precision, max_seconds))
-    data = _data(found, machine)
+    data = result_of(found, machine)
     # Before this one is the last.
     changes = [] if compare is None else _compared(compare, data)
     keep(data)
@@ -97,6 +97,7 @@ def _setups(models: list[str], placements: tuple[str, ...], settings: Running) -
 def _measure(made: list[Setup], tests: Any, limits: Any) -> Bench:
     from dynrun.config import load_config
     from dynrun.runtime.bench import bench
+    from dynrun.runtime.bench_result import learn_from
 
     ticker = Ticker("bench", every_s=15.0)
 
@@ -105,42 +106,8 @@ def _measure(made: list[Setup], tests: Any, limits: Any) -> Bench:
         ticker(seconds, limits.seconds, f"{rounds} rounds, widest interval {noise}")
 
     found = bench(made, tests, limits, n_threads=load_config().n_threads, on_progress=progress)
-    _calibrate(made, found)
+    learn_from(made, found)
     return found
-
-
-def _calibrate(made: list[Setup], found: Bench) -> None:
-    """Let the planner learn what its own placements reach."""
-    from dynrun.runtime.learning import learn
-
-    for row in found.rows:
-        setup = next(s for s in made if (s.name, s.placement) == (row.model, row.placement))
-        if setup.planned is not None and row.test.startswith("tg") and not row.noisy:
-            learn(setup.model, setup.planned, row.tokens_per_second)
-
-
-def _data(found: Bench, machine: Machine) -> dict[str, Any]:
-    from dynrun.llamacpp.build import installation
-
-    built = installation()
-    described = {
-        "name": machine.name,
-        "cores": machine.cores,
-        "ram_bytes": machine.ram_bytes,
-        "ram_bytes_per_s": machine.ram_bytes_per_s,
-        "bandwidths": machine.basis,
-        "devices": [{"name": d.name, "description": d.description, "bytes": d.total_bytes} for d in machine.devices],
-        "backend": built.backend,
-        "llama_cpp": built.commit,
-    }
-    drift = None if found.drift is None else {**asdict(found.drift), "throttled": found.drifted}
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "rows": [asdict(row) for row in found.rows],
-        "drift": drift,
-        "machine": described,
-        "elapsed_s": found.elapsed_s,
-    }
 
 
 def _compared(name: str, data: Result) -> list[Compared]:

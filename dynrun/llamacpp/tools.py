@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,13 @@ def _run(
     *,
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
+    cancel: threading.Event | None = None,
 ) -> Completed:
     argv = (installation().program(name), *arguments)
     # Away from the user's llama.cpp/config.ini, which sets any option that is not given (common/arg.cpp).
     environment = scrubbed_environment({"XDG_CONFIG_HOME": str(cache_dir() / "no-config")})
-    done = stream(argv, on_line or (lambda _: None), log=new_log(name), env=environment, cwd=cwd, check=False)
+    told = on_line or (lambda _: None)
+    done = stream(argv, told, log=new_log(name), env=environment, cwd=cwd, check=False, cancel=cancel)
     text = done.stdout[-4000:] + "\n".join(done.stderr_tail)
     if "No space left on device" in text:
         raise DoesNotFitError(f"the disk became full while {name} was writing", fix="free some space", log=done.log)
@@ -219,10 +222,12 @@ def bench(
     n_threads: int,
     n_depth: int = 0,
     options: Sequence[str] = (),
+    cancel: threading.Event | None = None,
 ) -> list[BenchRow]:
-    """llama-bench on ``model``, a row for each of the two sizes that is not 0; ``options`` say where the model goes."""
+    """llama-bench on ``model``, a row for each of the two sizes that is not 0; ``options`` say where the model goes;
+    ``cancel``, once set, ends it."""
     sizes = ["-p", str(n_prompt), "-n", str(n_gen), "-d", str(n_depth), "-r", str(repetitions), "-t", str(n_threads)]
-    done = _run("llama-bench", ["-m", model, *sizes, *options, "-o", "json"])
+    done = _run("llama-bench", ["-m", model, *sizes, *options, "-o", "json"], cancel=cancel)
     try:
         return [_bench_row(row) for row in json.loads(done.stdout)]
     except (ValueError, KeyError, TypeError) as error:

@@ -8,6 +8,7 @@ every round, is the anchor by which that is seen. Compares nothing with earlier 
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -123,9 +124,11 @@ def bench(
     *,
     n_threads: int,
     on_progress: Progress = lambda *_: None,
+    cancel: threading.Event | None = None,
 ) -> Bench:
-    """Measure every test of every setup. Raises ToolError where llama-bench fails, which it does out of memory."""
-    runs = _Runs(setups, tests, n_threads)
+    """Measure every test of every setup. Raises ToolError where llama-bench fails, which it does out of memory, or
+    where ``cancel`` was set."""
+    runs = _Runs(setups, tests, n_threads, cancel)
     while True:
         runs.round()
         widest, used = runs.widest(), time.monotonic() - runs.began
@@ -143,6 +146,7 @@ class _Runs:
     setups: Sequence[Setup]
     tests: Sequence[Workload]
     n_threads: int
+    cancel: threading.Event | None = None
     n_rounds: int = 0
     began: float = field(default_factory=time.monotonic)
     speeds: dict[tuple[int, Workload], list[float]] = field(default_factory=dict)
@@ -173,6 +177,7 @@ class _Runs:
             repetitions=repetitions,
             n_threads=self.n_threads,
             options=setup.options,
+            cancel=self.cancel,
         )
         return median(row.samples)
 
