@@ -27,6 +27,7 @@ from dynrun.cli import (
     eval_mmlu,
     eval_task,
     imatrix,
+    lint,
     ls,
     make,
     plan,
@@ -50,6 +51,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     *(imatrix.imatrix, sensitivity.sensitivity, allocate.allocate, quantize.quantize),
     *(verify.verify, compare.compare),
     plan.plan,
+    lint.lint,
     tui.tui,
 )
 

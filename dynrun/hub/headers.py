@@ -37,12 +37,13 @@ class HeaderReader:
             numbers = ", ".join(map(str, variant.missing))
             raise NotFoundError(f"{variant.label} lacks the shards {numbers}", fix="choose another quant or repository")
         with ThreadPoolExecutor(min(_AT_ONCE, len(variant.files))) as pool:
-            headers = tuple(pool.map(self._read, variant.files))
+            headers = tuple(pool.map(self.of_file, variant.files))
         if len(headers) > 1:
             check(headers)
         return join(headers)
 
-    def _read(self, file: RemoteFile) -> Header:
+    def of_file(self, file: RemoteFile) -> Header:
+        """The header of one file, a shard for instance."""
         with self._open(file) as reader:
             header = self._parse(Path(file.path), reader, file.size)
             self.fetched_bytes += reader.fetched_bytes

@@ -1,0 +1,1 @@
+"""Known faults in a GGUF's metadata and shapes."""
