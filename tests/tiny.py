@@ -96,7 +96,9 @@ def _weight(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> A
     return values.astype(np.float32 if name.endswith("ffn_gate_inp") else np.float16)
 
 
-def _add_tokenizer(writer: GGUFWriter, n_vocab: int, chat_template: str | None, merges: tuple[str, ...]) -> None:
+def _add_tokenizer(
+    writer: GGUFWriter, n_vocab: int, chat_template: str | None, merges: tuple[str, ...] = MERGES
+) -> None:
     tokens = [*_byte_characters(), *(merge.replace(" ", "") for merge in merges), *SPECIAL_TOKENS]
     first_special = len(tokens) - len(SPECIAL_TOKENS)
     if n_vocab < len(tokens):
