@@ -39,7 +39,7 @@ def lint(
         raise NotFoundError(f"{config} does not exist", fix="check the path of --config")
     reports = _reports(model, quant, config)
     data = {
-        "findings": [{**asdict(finding), "file": report.name} for report in reports for finding in report.findings],
+        "findings": [{**asdict(finding), "name": report.name} for report in reports for finding in report.findings],
         "files": [{"name": report.name, "config": report.config} for report in reports],
     }
     emit(as_json, data, lambda: _show(reports))

@@ -13,6 +13,7 @@ from dynrun.cli.allocate import SchemePath, candidates_json, scheme_for, wanted
 from dynrun.cli.batch import check_alone, quants, run_batch
 from dynrun.cli.command_line import command_line
 from dynrun.cli.convert import Check, TrustCode, prepare
+from dynrun.cli.fit import fitting
 from dynrun.cli.output import StageReporter, candidates_table, emit, megabytes, say
 from dynrun.cli.quantize import SplitMaxSize
 
@@ -31,6 +32,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show stages, sizes and 
 _MOST_CANDIDATES = 4
 
 
+@fitting
 @options.allocated
 def make(
     model: options.Model,

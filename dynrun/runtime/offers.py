@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dynrun.demo.builtin import BUILTIN
-from dynrun.errors import DynrunError, NotFoundError
+from dynrun.errors import DynrunError, NetworkError
 from dynrun.gguf.quant_label import label_of
 from dynrun.gguf.shards import read_whole_header
 from dynrun.hub.cache import cache_folder
+from dynrun.hub.errors import RefusedError
 from dynrun.hub.files import Variant
 from dynrun.hub.headers import HeaderReader
 from dynrun.hub.local import local_models
@@ -90,7 +91,7 @@ def _offer(
         facts = replace(facts_of(read(variant)), label=variant.label)
     except DynrunError as error:
         # Of the network there is no use to go on; one file that is none is no reason to hide the others.
-        if type(error) is not DynrunError and not isinstance(error, NotFoundError):
+        if isinstance(error, NetworkError | RefusedError):
             raise
         return Offer(variant.label, file, variant.size, download_bytes, fault=error.message)
     return Offer(variant.label, file, variant.size, download_bytes, facts, plan(facts, machine, wishes))
