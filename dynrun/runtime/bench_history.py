@@ -33,13 +33,18 @@ def keep(result: Result) -> None:
         append_line(path, dict(result))
 
 
+def kept() -> list[Result]:
+    """All benches on this machine, the oldest first."""
+    return read_lines(history_file(), _parsed, mend=False)
+
+
 def earlier(name: str, like: Result) -> Result:
     """The bench in the file ``name``, or of ``last`` the latest kept one that has a row of ``like``.
 
     Raises NotFoundError where there is none, UsageError for a file that holds no bench.
     """
     if name == "last":
-        for result in reversed(read_lines(history_file(), _parsed, mend=False)):
+        for result in reversed(kept()):
             if comparisons(result, like):
                 return result
         raise NotFoundError("no earlier bench has a row of this one", fix="run the same bench once before")

@@ -92,6 +92,9 @@ def _outcome(job: Job, work: Callable[[Job], Any]) -> Message:
     except (StoppedError, KeyboardInterrupt):
         return JobStopped(job.group, job.name)
     except DynrunError as error:
+        if job.stopped.is_set():
+            # A program that was ended says that it failed.
+            return JobStopped(job.group, job.name)
         return JobFailed(job.group, job.name, str(error), error.exit_code)
     except Exception as error:
         return JobFailed(job.group, job.name, str(_logged(error)))

@@ -8,7 +8,8 @@ import pytest
 from textual.widgets import DataTable
 
 from dynrun.paths import models_dir
-from dynrun.tui.widgets.model_table import ModelTable, shortened
+from dynrun.tui.widgets.fitted_table import shortened
+from dynrun.tui.widgets.model_table import ModelTable
 from tests.tiny import write_tiny_llama
 from tests.tui.driving import AppPilot, one, running_app, screen_text, shows, type_text, wait_until
 

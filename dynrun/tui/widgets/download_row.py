@@ -14,7 +14,7 @@ from textual.widget import Widget
 
 from dynrun.hub.transfer import Progress
 from dynrun.tui.messages import Frozen
-from dynrun.tui.widgets.model_table import shortened
+from dynrun.tui.widgets.fitted_table import shortened
 from dynrun.tui.words import duration, size
 
 State = Literal["waiting", "running", "paused", "failed", "done"]
