@@ -2,7 +2,8 @@
 
 usage: .venv/bin/python benchmarks/eval_kld.py [MODEL] [--text FILE] [--chunks 16] [--labels Q3_K_M,Q4_K_M,Q8_0]
 
-Three times of one run, each with its models loaded from the page cache:
+Three times of one run, each with its models loaded from the page cache; seconds of the clock, and of all processors
+(which other work on the machine disturbs less):
   forward     the reference and the three files loaded, every chunk decoded, the logits thrown away
   eval kld    the command in an empty cache of its own: reference recorded, three files compared, intervals, table
   perplexity  llama-perplexity with --kl-divergence-base, then --kl-divergence for each file
@@ -14,12 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dynrun.calibration.dataset import builtin
 from dynrun.calibration.splits import split_of_source
@@ -33,6 +38,31 @@ from dynrun.scoring.reference import Scored, open_for, score
 N_CTX = 512
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of the clock and of processors, this one's and its children's."""
+
+    wall_s: float
+    cpu_s: float
+
+    def over(self, other: Cost) -> dict[str, float]:
+        return {"wall": round(self.wall_s / other.wall_s, 3), "cpu": round(self.cpu_s / other.cpu_s, 3)}
+
+
+@contextmanager
+def timed() -> Iterator[list[Cost]]:
+    """The cost of the block, in the list when it is over."""
+    found: list[Cost] = []
+    started, cpu = time.monotonic(), _cpu_s()
+    yield found
+    found.append(Cost(round(time.monotonic() - started, 1), round(_cpu_s() - cpu, 1)))
+
+
+def _cpu_s() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 def quantized(reference: Path, labels: Sequence[str], folder: Path, n_threads: int) -> list[Path]:
     """A file of each preset, without an imatrix: only their speed and their KLD's agreement matter here."""
     for label in labels:
@@ -40,37 +70,32 @@ def quantized(reference: Path, labels: Sequence[str], folder: Path, n_threads: i
     return [folder / f"{label}.gguf" for label in labels]
 
 
-def forward_s(models: Sequence[Path], parts: Sequence[Scored], n_threads: int) -> float:
-    """Seconds of the passes alone, loads included."""
-    started = time.monotonic()
+def forward(models: Sequence[Path], parts: Sequence[Scored], n_threads: int) -> None:
+    """The passes alone, loads included."""
     for model in models:
         with open_for(model, parts, n_threads=n_threads) as engine:
             for part in parts:
                 for _ in score(engine, part):
                     pass
-    return time.monotonic() - started
 
 
-def command_s(reference: Path, files: Sequence[Path], text: Path, n_tokens: int, cache: Path) -> tuple[float, dict]:
-    """Seconds of the whole command, and its rows."""
+def command(reference: Path, files: Sequence[Path], text: Path, n_tokens: int, cache: Path) -> Any:
+    """The rows of the whole command."""
     argv = [sys.executable, "-m", "dynrun.cli.app", "eval", "kld", reference, *files, "--text", text]
     argv += ["--tokens", str(n_tokens), "--ctx", str(N_CTX), "--json"]
-    started = time.monotonic()
     done = subprocess.run(
         argv, capture_output=True, text=True, check=True, env={**os.environ, "DYNRUN_CACHE": str(cache)}
     )
-    return time.monotonic() - started, json.loads(done.stdout)["rows"]
+    return json.loads(done.stdout)["rows"]
 
 
-def perplexity_s(
+def perplexity(
     reference: Path, files: Sequence[Path], text: Path, folder: Path, n_threads: int
-) -> tuple[float, list[tools.PerplexityKld]]:
-    """Seconds of llama-perplexity's base and comparisons, and what it says."""
+) -> list[tools.PerplexityKld]:
+    """What llama-perplexity's base and comparisons say."""
     base = folder / "base.kld"
-    started = time.monotonic()
     tools.perplexity_base(reference, text, base, n_ctx=N_CTX, n_threads=n_threads)
-    found = [tools.perplexity_kld(file, base, n_ctx=N_CTX, n_threads=n_threads) for file in files]
-    return time.monotonic() - started, found
+    return [tools.perplexity_kld(file, base, n_ctx=N_CTX, n_threads=n_threads) for file in files]
 
 
 def chunked(reference: Path, source: Path | None, n_chunks: int, out: Path) -> list[Scored]:
@@ -105,16 +130,19 @@ def main() -> None:
         text = folder / "text.txt"
         parts = chunked(reference, options.text, options.chunks, text)
         files = quantized(reference, labels, folder, n_threads)
-        forward = forward_s([reference, *files], parts, n_threads)
-        whole, rows = command_s(reference, files, text, options.chunks * N_CTX, folder / "cache")
-        oracle, theirs = perplexity_s(reference, files, text, folder, n_threads)
+        with timed() as passes:
+            forward([reference, *files], parts, n_threads)
+        with timed() as ours:
+            rows = command(reference, files, text, options.chunks * N_CTX, folder / "cache")
+        with timed() as oracle:
+            theirs = perplexity(reference, files, text, folder, n_threads)
     result = {
         "chunks": len(parts),
-        "forward_s": round(forward, 1),
-        "eval_kld_s": round(whole, 1),
-        "eval_kld_over_forward": round(whole / forward, 3),
-        "perplexity_s": round(oracle, 1),
-        "eval_kld_over_perplexity": round(whole / oracle, 3),
+        "forward": asdict(passes[0]),
+        "eval_kld": asdict(ours[0]),
+        "perplexity": asdict(oracle[0]),
+        "eval_kld_over_forward": ours[0].over(passes[0]),
+        "eval_kld_over_perplexity": ours[0].over(oracle[0]),
         "agreement": {
             label: {
                 "kld": row["kld"]["mean"],
