@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from dynrun.errors import DynrunError
 from dynrun.llamacpp.engine import Engine, Tokens
+from dynrun.llamacpp.not_finite import not_finite
 
 LogP = npt.NDArray[np.float64]
 
@@ -101,7 +102,7 @@ class BranchEngine(Engine):
         self._hold(prefix)
         scored: list[LeafScore] = []
         for some in rounds(units, n_tokens=self.n_batch, n_sequences=self.n_seq_max - _FIRST):
-            scored += self._round(len(prefix), some)
+            scored += self._round(prefix, some)
         # Split or not, leaves come in the same order.
         leaves = iter(scored)
         return [[next(leaves) for _ in branch.leaves] for branch in branches]
@@ -122,8 +123,9 @@ class BranchEngine(Engine):
     def _memory(self) -> Any:
         return self._llama.llama_get_memory(self._context)
 
-    def _round(self, n_prefix: int, branches: Sequence[Branch]) -> list[LeafScore]:
+    def _round(self, prefix: Tokens, branches: Sequence[Branch]) -> list[LeafScore]:
         """Log-probabilities of all leaves of ``branches``, one branch after another."""
+        n_prefix = len(prefix)
         entries, n_sequences = _entries(n_prefix, branches)
         if n_prefix + len(entries) > self.n_ctx:
             raise ValueError(f"{n_prefix} + {len(entries)} tokens; this engine has {self.n_ctx} cells")
@@ -137,7 +139,8 @@ class BranchEngine(Engine):
             top = row.max()
             total = float(top) + float(np.log(np.exp(row - top).sum(dtype=np.float64)))
             if not np.isfinite(total):
-                raise DynrunError(f"{self.path} gives logits that are not finite", fix="the file is damaged")
+                tokens = [*prefix, *branches[entry.wanted[0][0]].stem]
+                raise not_finite(self, self.path, tokens[-self.n_batch :], "a question")
             for branch, leaf, index, token in entry.wanted:
                 found[branch][leaf].log_p[index] = float(row[token]) - total
                 found[branch][leaf].is_top[index] = row[token] >= top

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dynrun.errors import DynrunError
 from dynrun.llamacpp.branches import Branch, BranchEngine, cells
 from dynrun.llamacpp.engine import Engine
 from tests.tiny import write_tiny_llama
+from tests.tiny_hybrid import write_tiny_hybrid
 
 pytestmark = pytest.mark.native
 
@@ -24,8 +26,18 @@ BRANCHES = [
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One whose cache can share cells between sequences, and one with states that cannot be shared."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return {
+        "attention": write_tiny_llama(folder / "attention.gguf"),
+        "hybrid": write_tiny_hybrid(folder / "hybrid.gguf"),
+    }
+
+
+@pytest.fixture(scope="module")
+def model(models: dict[str, Path]) -> Path:
+    return models["attention"]
 
 
 def alone(model: Path, prefix: list[int], branch: Branch, leaf: tuple[int, ...]) -> list[float]:
@@ -51,7 +63,11 @@ def test_what_a_model_would_say_itself_is_known(model: Path) -> None:
 
 @pytest.mark.parametrize("prefix", [[], [3], list(range(200, 260))], ids=["none", "one token", "longer than a batch"])
 @pytest.mark.parametrize("n_seq_max", [4, 16])
-def test_shared_beginnings_change_no_log_probability(model: Path, prefix: list[int], n_seq_max: int) -> None:
+@pytest.mark.parametrize("kind", ["attention", "hybrid"])
+def test_shared_beginnings_change_no_log_probability(
+    models: dict[str, Path], kind: str, prefix: list[int], n_seq_max: int
+) -> None:
+    model = models[kind]
     n_ctx = cells(len(prefix), BRANCHES, N_BATCH)
     with BranchEngine.open(model, n_ctx=n_ctx, n_batch=N_BATCH, n_seq_max=n_seq_max, n_threads=1) as engine:
         twice = [engine.log_probabilities(prefix, BRANCHES) for _ in range(2)]
@@ -68,3 +84,13 @@ def test_a_branch_that_the_cache_has_no_room_for_is_refused(model: Path) -> None
         pytest.raises(ValueError, match="256 cells"),
     ):
         engine.log_probabilities(range(200), [Branch(tuple(range(100)), ((1,),))])
+
+
+def test_logits_that_are_not_finite_are_traced_to_their_tensor(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(model.read_bytes())
+    with BranchEngine.open(broken, n_ctx=256, n_batch=N_BATCH, n_seq_max=4, n_threads=1) as engine:
+        data = engine.read("blk.1.ffn_down.weight").view(np.float16)
+        data[:] = np.inf
+        with engine.replaced("blk.1.ffn_down.weight", data), pytest.raises(DynrunError, match=r"blk\.1\.ffn_down"):
+            engine.log_probabilities([3], BRANCHES)
