@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dynrun.report.data import STOCK, FileResult, Report
+from dynrun.report.data import STOCK, CurvePoint, FileResult, Report
 from dynrun.report.labels import Named, name_points
 from dynrun.report.style import (
     LEAST_KLD,
@@ -29,6 +29,8 @@ from dynrun.report.text import kld as written
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# The least that an axis of sizes spans, as a share of them.
+_LEAST_WIDTH = 0.2
 _PERCENTILES = (
     ("median", "median"),
     ("mean", "mean"),
@@ -76,29 +78,42 @@ def size_plot(report: Report) -> Plot:
     axes.set_xlabel(f"size of the file ({unit_name})")
     axes.set_ylabel("mean KLD (nats per token)")
     axes.margins(x=0.08, y=0.12)
+    _widen(axes)
     log_kld(axes)
     lay_out(figure)
     name_points(axes, _names(report, styles, unit), axes.lines[0])
     listed = [f"{f.name} {written(f.kld.mean)} at {f.size_bytes / unit:.4g} {unit_name}" for f in _apart(report)]
     caption = f"Mean KLD with 95% intervals against the size of the file: {', '.join(listed)}."
-    if report.curve:
+    if _points(report):
         caption += " The line is the curve of stock presets; a hollow square is a preset that a smaller one equals."
     return finished(figure, "kld-size", "KLD against size", caption)
 
 
 def _apart(report: Report) -> list[FileResult]:
     """The files that are no points of the curve."""
-    points = {(point.size_bytes, point.kld) for point in report.curve}
+    points = {(point.size_bytes, point.kld) for point in _points(report)}
     return [f for f in report.files if f.kind != STOCK or (f.size_bytes, f.kld.mean) not in points]
 
 
+def _points(report: Report) -> tuple[CurvePoint, ...]:
+    """Of the curve: a single preset makes none, and is a file like the others."""
+    return report.curve if len(report.curve) > 1 else ()
+
+
 def _curve(axes: Axes, report: Report, unit: float) -> None:
-    curve = sorted((p for p in report.curve if p.on_curve), key=lambda point: point.size_bytes)
+    curve = sorted((p for p in _points(report) if p.on_curve), key=lambda point: point.size_bytes)
     sizes, klds = [p.size_bytes / unit for p in curve], [_shown(p.kld) for p in curve]
     axes.plot(sizes, klds, color=STOCK_COLOUR, marker=STOCK_MARKER, markersize=4)
-    off = [p for p in report.curve if not p.on_curve]
+    off = [p for p in _points(report) if not p.on_curve]
     sizes, klds = [p.size_bytes / unit for p in off], [_shown(p.kld) for p in off]
     axes.plot(sizes, klds, color=STOCK_COLOUR, marker=STOCK_MARKER, markersize=4, linestyle="none", fillstyle="none")
+
+
+def _widen(axes: Axes) -> None:
+    """Files of one size shall not look as if a thousandth of it were much."""
+    low, high = axes.get_xlim()
+    middle, half = (low + high) / 2, max((high - low) / 2, _LEAST_WIDTH * high / 2)
+    axes.set_xlim(middle - half, middle + half)
 
 
 def _sizes(report: Report) -> list[int]:
@@ -133,7 +148,7 @@ def _names(report: Report, styles: Mapping[str, Look], unit: float) -> list[Name
     """The files first: they get the best places."""
     files = _apart(report)
     found = [Named(f.size_bytes / unit, _shown(f.kld.mean), label(f.name), styles[f.name].colour) for f in files]
-    return found + [Named(p.size_bytes / unit, _shown(p.kld), label(p.ftype), STOCK_COLOUR) for p in report.curve]
+    return found + [Named(p.size_bytes / unit, _shown(p.kld), label(p.ftype), STOCK_COLOUR) for p in _points(report)]
 
 
 def domain_plot(report: Report) -> Plot | None:

@@ -130,14 +130,18 @@ def _inline(svg: str, name: str) -> str:
 
 def log_kld(axes: Axes, axis: str = "y") -> None:
     """A logarithmic axis with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     getattr(axes, f"set_{axis}scale")("log")
     one = getattr(axes, f"{axis}axis")
     low, high = sorted(one.get_view_interval())
-    # Where a decade or less is seen, its ends alone would say nothing.
-    subs = (1.0, 2.0, 5.0) if high / max(low, LEAST_KLD) < 300 else (1.0,)
-    one.set_major_locator(LogLocator(subs=subs, numticks=20))
+    seen = high / max(low, LEAST_KLD)
+    if seen > 4:
+        # Where two decades or less are seen, their ends alone would say little.
+        one.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if seen < 300 else (1.0,), numticks=20))
+    else:
+        one.set_major_locator(MaxNLocator(6))
+        one.set_minor_locator(NullLocator())
     one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     one.set_minor_formatter(NullFormatter())
     axes.grid(visible=True, which="major")
