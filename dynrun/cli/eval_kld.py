@@ -96,6 +96,7 @@ def measured(
     from dynrun.evaluation.checks import checked_headers, notes_on
     from dynrun.evaluation.continuation import continue_along
     from dynrun.evaluation.kld import evaluate
+    from dynrun.evaluation.stored_flips import stored_flips
     from dynrun.scoring.reference import ignored_recordings
 
     config = load_config()
@@ -112,7 +113,7 @@ def measured(
     if prompts:
         found = continue_along(reference, files, prompts, **settings)
         rows = [replace(row, continuation=one) for row, one in zip(rows, found, strict=True)]
-    return rows, notes
+    return [replace(row, flips=stored_flips(reference, row.file)) for row in rows], notes
 
 
 def _progress() -> Progress:
@@ -156,11 +157,17 @@ def kld_table(rows: Sequence[Row]) -> tables.Table:
     headings = (
         *("file", "size", "bpw", "mean KLD ±95%", "median", "p90", "p99", "p99.9", "max", "same top p", "RMS Δp"),
         *("PPL", "ln PPL ratio"),
+        *(["flips"] if (answered := any(row.flips for row in rows)) else []),
         *(["KLD ratio"] if several else []),
     )
-    cells = [(*row_cells(row), *([_ratio(row, first)] if several else [])) for row in rows]
+    cells = [
+        (*row_cells(row), *([_flips(row)] if answered else []), *([_ratio(row, first)] if several else []))
+        for row in rows
+    ]
     scored = f"{first.n_tokens:,} tokens scored in {first.score.n_sequences} sequences"
     notes = [f"{scored}; PPL of the reference {first.ppl_reference:.3f}"]
+    if answered:
+        notes.append("flips: of stored answers, from the reference; r→w from right to wrong, w→r from wrong to right")
     if several:
         notes.append(f"KLD ratio: to {first.file.name}, with the 95% interval on the same sequences")
     return tables.Table(
@@ -215,6 +222,11 @@ def continuation_table(rows: Sequence[Row]) -> tables.Table:
         tuple(cells),
         title=f"along {len(one.parted)} greedy continuations of at most {one.n_tokens} tokens",
     )
+
+
+def _flips(row: Row) -> str:
+    cells = [f"{task} {f.share:.1%} ({f.right_to_wrong} r→w, {f.wrong_to_right} w→r)" for task, f in row.flips.items()]
+    return ", ".join(cells) or "–"
 
 
 def _ratio(row: Row, first: Row) -> str:

@@ -7,8 +7,8 @@ is found again. Prints nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dynrun.evaluation.checks import checked_headers
 from dynrun.gguf.shards import read_whole_header
 from dynrun.llamacpp.engine import Engine
 from dynrun.llamacpp.not_finite import not_finite
+from dynrun.metrics.flips import Flips
 from dynrun.metrics.intervals import (
     Clusters,
     Estimate,
@@ -127,7 +128,10 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Row:
-    """One file: its ``score`` on all texts and on each of the ``domains``; ``bpw`` of the whole file."""
+    """One file: its ``score`` on all texts and on each of the ``domains``; ``bpw`` of the whole file.
+
+    ``flips``: from the reference's stored answers to this file's, by task.
+    """
 
     file: Path
     size_bytes: int
@@ -135,6 +139,7 @@ class Row:
     score: Score
     domains: tuple[Domain, ...]
     continuation: Continuation | None = None
+    flips: Mapping[str, Flips] = field(default_factory=dict)
 
     @property
     def kld(self) -> Summary:
@@ -173,13 +178,13 @@ class Row:
         return paired_difference(self.clusters, other.clusters)
 
     def to_json(self) -> dict[str, Any]:
-        """The row as `dynrun eval kld --json` prints it. ``flips`` needs answers to questions: not measured here."""
+        """The row as `dynrun eval kld --json` prints it."""
         return {
             "file": str(self.file),
             "size_bytes": self.size_bytes,
             "bpw": self.bpw,
             **self.score.to_json(),
-            "flips": None,
+            "flips": {task: changed.to_json() for task, changed in self.flips.items()} or None,
             "domains": [domain.to_json() for domain in self.domains],
             "continuation": self.continuation and self.continuation.to_json(),
         }

@@ -352,3 +352,27 @@ def test_a_quantized_reference_and_a_cache_of_other_settings_are_said(
     assert said in second.err
     assert said in json.loads(second.out)["notes"]
     assert json.loads(second.out)["rows"][0]["tokens"] > json.loads(first.out)["rows"][0]["tokens"]
+
+
+def test_flips_of_stored_answers_stand_in_the_rows(
+    tiny: Path, tiny_q4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "winogrande.jsonl"
+    records = [
+        {"sentence": f"The {a} met the {b} because _ was {w}.", "option1": a, "option2": b, "answer": str(1 + i % 2)}
+        for i, (a, b, w) in enumerate(
+            [("cat", "dog", "late"), ("nurse", "pilot", "tired"), ("tea", "milk", "cold")] * 4
+        )
+    ]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    scored = ("eval", "kld", tiny, tiny, tiny_q4, "--tokens", "100", "--ctx", "64")
+    assert _dynrun(*scored, "--json") == 0
+    assert [row["flips"] for row in json.loads(capsys.readouterr().out)["rows"]] == [None, None]
+    assert _dynrun("eval", "task", "winogrande", tiny, tiny_q4, "--data", data, "--json") == 0
+    asked = json.loads(capsys.readouterr().out)["rows"][1]["flips"]
+    assert _dynrun(*scored, "--json") == 0
+    itself, quantized = json.loads(capsys.readouterr().out)["rows"]
+    assert itself["flips"]["winogrande"]["flips"] == 0
+    assert quantized["flips"]["winogrande"] == asked
+    assert _dynrun(*scored) == 0
+    assert "winogrande 0.0% (0 r→w, 0 w→r)" in capsys.readouterr().out
