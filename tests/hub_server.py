@@ -15,7 +15,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from hashlib import sha1, sha256
+from functools import lru_cache
+from hashlib import file_digest, sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -127,19 +128,21 @@ def size_of(data: Content) -> int:
 
 def digest(data: Content) -> str:
     if isinstance(data, bytes):
-        return sha256(data).hexdigest()
+        return _sha256(data)
     stat = data.stat()
-    return _digest_of_path(data, stat.st_size, stat.st_mtime_ns)
+    return _sha256_of_path(data, stat.st_size, stat.st_mtime_ns)
 
 
-_digests: dict[tuple[Path, int, int], str] = {}
+# Every request asks, and models are large.
+@lru_cache(maxsize=100)
+def _sha256(data: bytes) -> str:
+    return sha256(data).hexdigest()
 
 
-def _digest_of_path(path: Path, *identity: int) -> str:
-    key = (path, *identity[:2])
-    if key not in _digests:
-        _digests[key] = sha256(path.read_bytes()).hexdigest()
-    return _digests[key]
+@lru_cache(maxsize=100)
+def _sha256_of_path(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
 
 
 def git_hash(data: Content) -> str:

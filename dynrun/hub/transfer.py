@@ -32,8 +32,10 @@ _SHOW_S = 0.1
 _SAVE_S = 1.0
 _END_S = 1.0
 _SPLIT_POLL_S = 1.0
-# Less than this is not worth a connection.
-_SPLIT_BYTES = 1 << 20
+# Less than this is not worth another connection.
+_SPLIT_BYTES = 2 << 20
+# More than httpx hands on at a time.
+_LONGEST_CHUNK = 128 << 10
 # How long what went wrong is shown.
 _NOTE_S = 5.0
 _LONGEST_BACKOFF_S = 30.0
@@ -79,11 +81,12 @@ class Progress:
 
 @dataclass
 class _Piece:
-    """Bytes [position, end) of ``part`` are somebody's to fetch; ``started`` and ``start`` tell how fast they come."""
+    """Bytes [position, end) of ``part`` are somebody's to fetch; the answer that is coming in ends at ``stop``."""
 
     part: Part
     position: int
     end: int
+    stop: int = 0
     start: int = 0
     started: float = 0.0
 
@@ -91,11 +94,21 @@ class _Piece:
         """The clock runs."""
         self.start, self.started = self.position, time.monotonic()
 
-    @property
-    def seconds_left(self) -> float:
-        """At the rate so far."""
-        rate = (self.position - self.start) / max(time.monotonic() - self.started, 1e-3)
-        return (self.end - self.position) / max(rate, 1.0)
+    def seconds_left(self, at_least: float) -> float:
+        """At the rate so far; none where the clock runs for less than ``at_least``: that tells no rate."""
+        elapsed = time.monotonic() - self.started
+        rate = (self.position - self.start) / max(elapsed, 1e-3)
+        return (self.end - self.position) / max(rate, 1.0) if elapsed >= at_least else 0.0
+
+    def halve(self) -> _Piece:
+        """The second half, for somebody else. The first ends a little after the middle, at which its answer is left.
+
+        An answer comes in chunks, which do not end where one likes: so nothing is fetched twice.
+        """
+        self.stop = (self.position + self.end) // 2
+        rest = _Piece(self.part, self.stop + _LONGEST_CHUNK, self.end)
+        self.end = rest.position
+        return rest
 
 
 class _StoppedError(Exception):
@@ -226,36 +239,35 @@ class Transfer:
         return None
 
     def _split(self) -> _Piece | None:
+        seconds = self._settings.split_s
         found = [piece for piece in self._active if piece.part not in self._whole]
-        slowest = max(found, key=lambda piece: piece.seconds_left, default=None)
-        if slowest is None or slowest.seconds_left < self._settings.split_s:
+        slowest = max(found, key=lambda piece: piece.seconds_left(seconds / 4), default=None)
+        if slowest is None or slowest.seconds_left(seconds / 4) < seconds:
             return None
-        middle = (slowest.position + slowest.end) // 2
-        if slowest.end - middle < _SPLIT_BYTES:
-            return None
-        rest = _Piece(slowest.part, middle, slowest.end)
-        slowest.end = middle
-        return rest
+        return slowest.halve() if slowest.end - slowest.position >= _SPLIT_BYTES else None
 
     def _fetch(self, piece: _Piece) -> None:
         failures = refusals = 0
         while piece.position < piece.end:
             before = piece.position
+            with self._lock:
+                piece.stop = piece.end
             try:
                 with self._source.open(piece.part.file, piece.position, piece.end) as incoming:
                     if incoming.whole and not self._claim(piece):
                         return
                     self._receive(piece, incoming)
-                failure = PassingError("the server sends nothing")
+                if piece.position >= piece.stop:
+                    continue
+                failure = PassingError("the server sends less than it was asked for")
             except PassingError as error:
                 failure = error
             if piece.position > before:
                 failures = refusals = 0
-            if piece.position < piece.end:
-                failures += 1
-                refusals += failure.refused is not None
-                often = failures >= self._settings.attempts or refusals >= self._settings.refusals
-                self._wait(piece, failure, failures, often=often)
+            failures += 1
+            refusals += failure.refused is not None
+            often = failures >= self._settings.attempts or refusals >= self._settings.refusals
+            self._wait(piece, failure, failures, often=often)
 
     def _claim(self, piece: _Piece) -> bool:
         """The server sends all of the file: this connection takes all of it, unless another one does."""
@@ -265,6 +277,7 @@ class Transfer:
                 self._whole[part] = piece
                 self._queue = deque(queued for queued in self._queue if queued.part is not part)
                 piece.position, piece.end = part.gaps()[0][0], part.file.size
+                piece.stop = piece.end
             return self._whole[part] is piece
 
     def _receive(self, piece: _Piece, incoming: Incoming) -> None:
@@ -282,7 +295,7 @@ class Transfer:
                 _write(stream, useful)
                 part.add(piece.position, piece.position + len(useful))
                 piece.position += len(useful)
-                if piece.position >= piece.end:
+                if piece.position >= piece.stop:
                     return
 
     def _wait(self, piece: _Piece, error: PassingError, failures: int, *, often: bool) -> None:

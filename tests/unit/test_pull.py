@@ -119,6 +119,7 @@ def test_a_slow_connection_is_relieved(hub: Hub) -> None:
     threading.Timer(1.5, hub.release.set).start()
     pulled = fetch(settings)
     assert right(hub, pulled)
+    assert pulled.fetched_bytes == 9 << 20
     assert len({served.start for served in hub.served}) > 2
 
 
