@@ -170,7 +170,7 @@ class LlamaServer:
         # Port 0: the system picks a free one and the server says which, so nobody can be faster.
         argv = [str(installation().program("llama-server")), *self.options]
         argv += ["--host", self.listen.host, "--port", str(self.listen.port), "--api-key-file", str(self.key_file)]
-        return [*argv, "--cors-origins", "localhost", "--no-cors-credentials", "--no-ui", "--offline", "-lv", "3"]
+        return [*argv, "--cors-origins", "localhost", "--no-cors-credentials", "--no-ui", "--offline", "-lv", "4"]
 
     def _environment(self) -> dict[str, str]:
         # Away from the user's llama.cpp/config.ini, which sets any option that is not given (common/arg.cpp), and from

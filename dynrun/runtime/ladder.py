@@ -14,7 +14,8 @@ from pathlib import Path
 from threading import Event as Flag
 
 from dynrun.errors import DynrunError
-from dynrun.llamacpp.server import Listen, LlamaServer, ServerOutOfMemoryError, template_options
+from dynrun.llamacpp.devices import RPC_PREFIX, endpoint_of, greet
+from dynrun.llamacpp.server import Listen, LlamaServer, ServerDiedError, ServerOutOfMemoryError, template_options
 from dynrun.runtime.events import Event, Ready, Retreated, Starting
 from dynrun.runtime.placement import Placement
 
@@ -84,10 +85,12 @@ def _started(
         try:
             server.__enter__()
             break
-        except ServerOutOfMemoryError as error:
+        except ServerDiedError as died:
+            error = explained(job, died)
+            if not isinstance(error, ServerOutOfMemoryError):
+                raise
             placement, retreated = _smaller(planner, placement, error), True
-            cause = error.message
-        yield Retreated(cause, placement)
+        yield Retreated(error.message, placement)
     try:
         if retreated:
             # A full disk must not keep a model from running.
@@ -99,6 +102,20 @@ def _started(
         server.stop()
         raise
     return Running(server, placement)
+
+
+def explained(job: Job, died: ServerDiedError) -> ServerDiedError:
+    """``died``, or out-of-memory where RPC servers broke the connection and still live: one that has no memory for what
+    it is sent hangs up without a word (ggml-rpc.cpp, recv_msg)."""
+    if not job.rpc or isinstance(died, ServerOutOfMemoryError) or "Remote RPC server" not in died.message:
+        return died
+    for server in job.rpc:
+        try:
+            greet(*(endpoint_of(RPC_PREFIX + server) or ("", 0)))
+        except DynrunError:
+            return died
+    message = f"an RPC server hung up on llama-server with {job.model.name}, probably because its memory ran out"
+    return ServerOutOfMemoryError(message, fix="give it more memory", log=died.log, lines=died.last_lines)
 
 
 def _smaller(planner: Planner, failed: Placement, error: ServerOutOfMemoryError) -> Placement:

@@ -63,6 +63,7 @@ def serve(job: Job, planner: Planner, name: str, cancel: Flag) -> Iterator[Event
             died = _watched(server, cancel)
         if died is None:
             return
+        died = ladder.explained(job, died)
         if not isinstance(died, ServerOutOfMemoryError):
             raise died
         yield Restarted()

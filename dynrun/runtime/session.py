@@ -124,7 +124,7 @@ class Session:
             return gone if isinstance(error, BrokenReplyError) else error
         server = self._running.server
         if (died := server.death(within_s=10.0 if isinstance(error, BrokenReplyError) else 0.2)) is not None:
-            return died
+            return ladder.explained(self.job, died)
         text = server.log_text()
         # Metal and RPC devices refuse the batch and live on.
         if isinstance(error, RefusedError) and error.kind == "server_error" and (death := memory_ran_out(text)):

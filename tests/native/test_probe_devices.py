@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +16,12 @@ from dynrun.calibration.sequences import TokenSequence
 from dynrun.errors import DynrunError, NetworkError, UsageError
 from dynrun.gguf.quantizable import quantizable
 from dynrun.gguf.weights import WeightFile, encode
-from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.devices import devices, resolve
 from dynrun.llamacpp.engine import Engine
 from dynrun.sensitivity.errors import Quantizer
 from dynrun.sensitivity.sweep import Job, Probe, Sweep
 from dynrun.sensitivity.workers import WORKER, ProbePool
+from tests.rpc import rpc_server
 from tests.tiny import write_tiny_llama
 
 pytestmark = pytest.mark.native
@@ -48,31 +46,6 @@ def imatrix(model: Path) -> Path:
     sums = {t.name: random.random((1, t.shape[0])) + 0.1 for t in quantizable(WeightFile(model).header).values()}
     write_imatrix(Imatrix(sums, {name: np.ones(1) for name in sums}), path)
     return path
-
-
-@contextmanager
-def rpc_server(log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server with the CPU behind it, and its name as a device."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    argv = [str(installation().program("ggml-rpc-server")), "-H", "127.0.0.1", "-p", str(port), "-t", "2"]
-    with log.open("wb") as sink, subprocess.Popen(argv, stdout=sink, stderr=sink) as server:
-        try:
-            _wait_for(port, server)
-            yield f"rpc:127.0.0.1:{port}", server
-        finally:
-            server.kill()
-
-
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
-    while True:
-        assert server.poll() is None
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.05)
 
 
 def sweep(model: Path, imatrix: Path, device: str) -> tuple[bool, list[Probe]]:
