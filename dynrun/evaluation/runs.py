@@ -27,7 +27,7 @@ from dynrun.artifacts import (
 from dynrun.errors import NotFoundError, UsageError
 from dynrun.evaluation.choices import Answer, Block, answer, open_engine, prepare
 from dynrun.evaluation.questions import Score, Task
-from dynrun.gguf.header import read_header
+from dynrun.gguf.header import Header, read_header
 from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.vocabulary import Vocabulary
 from dynrun.metrics.accuracy import Accuracy
@@ -142,22 +142,28 @@ def run_task(
         with Vocabulary.load(model) as vocabulary:
             blocks = prepare(task, vocabulary, n_ctx=n_ctx, shared=shared)
         rows = _answered(folder, blocks, model, n_threads, n_gpu_layers, progress)
-        run = {
-            "task": task.name,
-            "score": task.score,
-            "settings": inputs["settings"],
-            "model": {"name": model.name, "sha256": inputs["model"], "size_bytes": header.file_bytes},
-            "chance": task.chance,
-            "elapsed_s": round(sum(row["elapsed_s"] for row in rows), 3),
-            "answers": [one for row in rows for one in row["answers"]],
-        }
-        write_json(folder / RUN, run)
+        write_json(folder / RUN, _run_json(task, inputs, header, rows))
         (folder / _PARTIAL).unlink()
         return {"questions": len(task.questions), "task": task.name}
 
     folder = stage_folder(_STAGE, inputs)
     outcome = run_stage(folder, work)
     return read_run(folder / RUN, cached=outcome.cached)
+
+
+def _run_json(
+    task: Task, inputs: Mapping[str, Any], header: Header, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What :func:`read_run` reads."""
+    return {
+        "task": task.name,
+        "score": task.score,
+        "settings": inputs["settings"],
+        "model": {"name": header.path.name, "sha256": inputs["model"], "size_bytes": header.file_bytes},
+        "chance": task.chance,
+        "elapsed_s": round(sum(row["elapsed_s"] for row in rows), 3),
+        "answers": [one for row in rows for one in row["answers"]],
+    }
 
 
 def _answered(
