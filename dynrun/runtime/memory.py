@@ -71,6 +71,18 @@ def host_compute_bytes(facts: ModelFacts, choice: Choice) -> int:
     return n_ubatch(choice) * facts.n_embd * 4 * 2 + _mask_bytes(facts, choice)
 
 
+def pipeline_bytes(facts: ModelFacts, choice: Choice, device: int | None) -> int:
+    """What the compute buffer of a device (its index; None: the CPU's) grows by where several devices hold the whole
+    model: llama.cpp then keeps every input of theirs four times, to have them work at the same time."""
+    hidden, masks = n_ubatch(choice) * facts.n_embd * 4, 3 * _mask_bytes(facts, choice)
+    return masks + hidden * (3 if device is None else 5 if device == 0 else 9)
+
+
+def output_compute_bytes(facts: ModelFacts, choice: Choice) -> int:
+    """The compute buffer of a device that holds the output and no layer."""
+    return _logit_bytes(facts, choice) + choice.parallel * facts.n_embd * 4
+
+
 def offload_bytes(facts: ModelFacts, n_cpu_moe: int) -> int:
     """What a device needs to compute prompts with experts that lie in RAM: one such tensor is copied at a time."""
     if not n_cpu_moe:

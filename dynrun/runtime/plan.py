@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 
 from dynrun.runtime.command import argv_of, overrides_of
 from dynrun.runtime.machine import GIB, Device, Machine
-from dynrun.runtime.memory import MIB, cache_bytes, check_cache_type, compute_bytes, mmproj_bytes, offload_bytes
+from dynrun.runtime.memory import (
+    MIB,
+    cache_bytes,
+    check_cache_type,
+    compute_bytes,
+    mmproj_bytes,
+    offload_bytes,
+    pipeline_bytes,
+)
 from dynrun.runtime.model_facts import ModelFacts
 from dynrun.runtime.placement import Choice, LoadMode, Placement, Verdict, Wishes
 from dynrun.runtime.residence import CPU, Ledger, Residence, ledger, residence
@@ -193,16 +201,19 @@ class _Fit:
         items = [
             layer.dense_bytes + cache + (layer.expert_bytes if number < least else 0) for layer, cache, number in layers
         ]
-        counts = _deal([*items, facts.output_bytes], self._rooms(n_cpu_moe if in_ram and in_ram[-1] >= first else 0))
+        copied = n_cpu_moe if in_ram and in_ram[-1] >= first else 0
+        counts = _deal([*items, facts.output_bytes], self._rooms(copied, whole=first <= 0 and not copied))
         if counts is None:
             return None
         chosen = replace(self.base, n_gpu_layers=n_gpu_layers, n_cpu_moe=n_cpu_moe, layers_of=tuple(counts))
         return replace(chosen, devices=tuple(device.name for device in self.group))
 
-    def _rooms(self, n_cpu_moe: int) -> list[int]:
+    def _rooms(self, n_cpu_moe: int, *, whole: bool) -> list[int]:
         copied = offload_bytes(self.facts, n_cpu_moe) if self.discrete else 0
         fixed = compute_bytes(self.facts, self.base) + copied
         rooms = [_room(device) - fixed for device in self.group]
+        if whole and len(rooms) > 1:
+            rooms = [room - pipeline_bytes(self.facts, self.base, index) for index, room in enumerate(rooms)]
         rooms[0] -= mmproj_bytes(self.base.mmproj_bytes) if self.base.mmproj_on_gpu else 0
         return rooms
 

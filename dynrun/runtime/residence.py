@@ -15,6 +15,8 @@ from dynrun.runtime.memory import (
     host_compute_bytes,
     mmproj_bytes,
     offload_bytes,
+    output_compute_bytes,
+    pipeline_bytes,
     process_bytes,
 )
 from dynrun.runtime.model_facts import ModelFacts
@@ -36,6 +38,11 @@ class Residence:
     def experts_on(self, layer: int) -> int:
         """Where the experts of a layer are."""
         return CPU if layer in self.experts_in_ram else self.layer_on[layer]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the CPU computes any of it."""
+        return CPU in self.layer_on or bool(self.experts_in_ram) or self.output_on == CPU
 
     @property
     def used(self) -> frozenset[int]:
@@ -83,17 +90,25 @@ def ledger(facts: ModelFacts, choice: Choice, found: Residence, discrete: bool) 
         caches[here] = caches.get(here, 0) + cache_bytes(layer.cache, choice)
     if found.output_on != CPU or not facts.tied:
         weights[found.output_on] = weights.get(found.output_on, 0) + facts.output_bytes
-    whole = compute_bytes(facts, choice)
-    copied = offload_bytes(facts, choice.n_cpu_moe) if discrete and found.experts_in_ram else 0
-    on_cpu = CPU in found.layer_on or bool(found.experts_in_ram) or found.output_on == CPU
-    compute = dict.fromkeys(found.used, whole + copied)
-    compute[CPU] = whole if on_cpu else host_compute_bytes(facts, choice)
     images = mmproj_bytes(choice.mmproj_bytes)
     first = min(found.used, default=CPU) if choice.mmproj_on_gpu else CPU
     n_contexts = len(found.used) if discrete else 0
     other = {CPU: process_bytes(facts, choice, n_contexts) + choice.prompt_cache_mib * MIB}
     other[first] = other.get(first, 0) + images
-    return Ledger(weights, caches, compute, other)
+    return Ledger(weights, caches, _compute(facts, choice, found, discrete), other)
+
+
+def _compute(facts: ModelFacts, choice: Choice, found: Residence, discrete: bool) -> dict[int, int]:
+    whole = compute_bytes(facts, choice)
+    copied = offload_bytes(facts, choice.n_cpu_moe) if discrete and found.experts_in_ram else 0
+    compute = dict.fromkeys(found.used, whole + copied)
+    compute[CPU] = whole if found.on_cpu else host_compute_bytes(facts, choice)
+    if not found.on_cpu and len(choice.layers_of) > 1:
+        for device in compute:
+            compute[device] += pipeline_bytes(facts, choice, None if device == CPU else device)
+    if found.output_on != CPU and found.output_on not in found.layer_on:
+        compute[found.output_on] = output_compute_bytes(facts, choice)
+    return compute
 
 
 def runs(found: Residence) -> Iterator[tuple[int, int, int]]:
