@@ -122,12 +122,22 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _reference_model(model: str) -> Model:
+    """What MODEL means where full precision is wanted: of a repository the GGUF that has it, or its safetensors."""
+    from dynrun.convert.fetch import reference_source
+
+    source = reference_source(model, _say)
+    if source is None:
+        return resolve(model)
+    return _converted(source) if source.is_dir() else Model(source.stem, source)
+
+
 def open_reference(model: str) -> Reference:
     """MODEL as a reference to quantize from; a quantized one is unpacked, and the reference says so.
 
     Raises UsageError where it is no language model.
     """
-    found = resolve(model)
+    found = _reference_model(model)
     header = read_header(found.path)
     if not header.architecture or header.metadata.get("general.type", "model") != "model":
         raise UsageError(f"{found.path} holds no language model", fix="give a GGUF of a model")

@@ -69,19 +69,23 @@ def prepare(model: str, trust_remote_code: bool | None, *, check: bool) -> None:
 
     Raises UsageError where the wishes are for what is no such thing.
     """
+    from dynrun.convert.fetch import model_folder
     from dynrun.convert.folder import is_model_folder
     from dynrun.convert.stage import Wishes
     from dynrun.convert.stage import convert as convert_model
 
-    folder = Path(model).expanduser()
-    if is_model_folder(folder):
-        converted = convert_model(folder, Wishes(trust_remote_code), say, Ticker("  convert"))
-        for finding in converted.findings:
-            say(f"note: {finding}")
-        if check:
-            checked(converted)
-    elif check or trust_remote_code is not None:
-        raise UsageError(f"{model} is not converted", fix="--check and --trust-remote-code are for safetensors")
+    path = Path(model).expanduser()
+    wished = check or trust_remote_code is not None
+    if not is_model_folder(path):
+        if not wished:
+            return
+        if path.exists() or "/" not in model:
+            raise UsageError(f"{model} is not converted", fix="--check and --trust-remote-code are for safetensors")
+    converted = convert_model(model_folder(model, say), Wishes(trust_remote_code), say, Ticker("  convert"))
+    for finding in converted.findings:
+        say(f"note: {finding}")
+    if check:
+        checked(converted)
 
 
 def checked(converted: Converted) -> Agreement:

@@ -6,11 +6,16 @@ Of a repository only what a conversion reads comes here: no code, no pickles, no
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dynrun.convert.environment import Say
 from dynrun.convert.folder import wanted_of
-from dynrun.errors import NotFoundError
+from dynrun.errors import NetworkError, NotFoundError
+from dynrun.gguf.tensor_types import FULL_PRECISION
 from dynrun.hub.files import RemoteFile, Repository
+
+if TYPE_CHECKING:
+    from dynrun.hub.resolve import HubName
 
 
 def model_folder(model: str, say: Say) -> Path:
@@ -23,14 +28,59 @@ def model_folder(model: str, say: Say) -> Path:
     return fetch_folder(model, say)
 
 
+def reference_source(model: str, say: Say) -> Path | None:
+    """Where the reference of repository ``model`` is made of: its own GGUF of full precision, else its safetensors.
+
+    Fetched first, or what is here of it where there is no network. None where ``model`` names a quant, or no
+    repository, or one with neither.
+    """
+    from dynrun.hub.resolve import parse_name
+
+    if "/" not in model or Path(model).expanduser().exists() or Path(model).is_absolute() or model.startswith("."):
+        return None
+    name = parse_name(model)
+    return None if name.quant else _fetch_source(name, say)
+
+
+def _fetch_source(name: HubName, say: Say) -> Path | None:
+    from dynrun.hub.pull import pull
+    from dynrun.hub.repository import fetch_repository
+    from dynrun.hub.variants import shelve
+
+    try:
+        repository = fetch_repository(name.repository, name.revision)
+    except NetworkError:
+        return _snapshot_here(name.repository)
+    whole = [one for one in shelve(repository.files).quants if one.label in FULL_PRECISION and len(one.files) == 1]
+    if not whole:
+        has_weights = any(file.path.endswith(".safetensors") for file in repository.files)
+        return _pull_folder(repository, say) if has_weights else None
+    # The best of them: BF16 is what most models are released in.
+    best = min(whole, key=lambda one: ("BF16", "F16", "F32").index(one.label))
+    say(f"{repository.name} has a {best.label} GGUF, which is taken; `dynrun convert` would make one of safetensors")
+    return pull(best.files, repository.revision, say=say).files[0].path
+
+
+def _snapshot_here(repository: str) -> Path | None:
+    """The newest snapshot in the cache that a conversion can read."""
+    from dynrun.hub.cache import repository_folder
+
+    snapshots = sorted((repository_folder(repository) / "snapshots").glob("*/"), key=lambda path: path.stat().st_mtime)
+    return next((path for path in reversed(snapshots) if any(path.glob("*.safetensors"))), None)
+
+
 def fetch_folder(model: str, say: Say) -> Path:
     """Repository ``model`` (``owner/repo[@revision]``) in the Hub's cache, as much of it as a conversion reads."""
-    from dynrun.hub.pull import pull
     from dynrun.hub.repository import fetch_repository
     from dynrun.hub.resolve import parse_name
 
     name = parse_name(model)
-    repository = fetch_repository(name.repository, name.revision)
+    return _pull_folder(fetch_repository(name.repository, name.revision), say)
+
+
+def _pull_folder(repository: Repository, say: Say) -> Path:
+    from dynrun.hub.pull import pull
+
     files = conversion_files(repository)
     say(f"fetching {len(files)} files of {repository.name}, {sum(file.size for file in files) / 1e9:.2f} GB")
     return pull(files, repository.revision, say=say).files[0].path.parent

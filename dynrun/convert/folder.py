@@ -235,7 +235,12 @@ def _code(files: Mapping[str, Path]) -> Iterator[str]:
         if name.endswith("config.json"):
             for part in _objects(_json(path)):
                 if "auto_map" in part:
-                    named = part["auto_map"]
-                    values = named.values() if isinstance(named, dict) else [named]
-                    first = next((str(v) for v in values), "nothing")
-                    yield f"{name}: {first[:80]}"
+                    yield f"{name}: {next(_strings(part['auto_map']), 'nothing')[:80]}"
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts within ``value``."""
+    if isinstance(value, str):
+        yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _strings(one)
