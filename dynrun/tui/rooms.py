@@ -35,6 +35,7 @@ class Room:
 ROOMS = (
     Room("models", "Models", "f2", "models:ModelsScreen", "find, download and look at models"),
     Room("plan", "Plan", "f3", "plan:PlanScreen", "see what fits on this machine and how fast it will be"),
+    Room("chat", "Chat", "f4", "chat:ChatScreen", "talk to a model"),
     Room("bench", "Bench", "f6", "bench:BenchScreen", "measure tokens per second"),
 )
 BY_MODE = {room.mode: room for room in ROOMS}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+
 _DAY_S = 86400.0
 _AGES = ((60.0, "s"), (3600.0, "min"), (_DAY_S, "h"), (30 * _DAY_S, "d"), (365 * _DAY_S, "mo"))
 _UNIT_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": _DAY_S, "mo": 30 * _DAY_S}
@@ -50,3 +52,8 @@ def count(n: int) -> str:
 def context(n: int) -> str:
     """Tokens of context: ``4096`` as ``4k``, ``131072`` as ``128k``."""
     return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else f"{n}"
+
+
+def model_name(model: str) -> str:
+    """MODEL where there is little room: of a path the file's name alone."""
+    return PurePath(model).name.removesuffix(".gguf") if model.endswith(".gguf") else model
