@@ -30,9 +30,10 @@ def ask_which(question: str, options: Sequence[str]) -> str:
     raise UsageError("none was chosen", fix=f"name one: {', '.join(options)}")
 
 
-def ask_yes(question: str) -> bool:
-    """Whether the user says yes, which Enter means too. Raises UsageError where nobody is there."""
+def ask_yes(question: str, *, enter: bool) -> bool:
+    """Whether the user says yes; ``enter`` is what Enter alone means. Raises UsageError where nobody is there."""
     if not somebody_is_there():
         raise UsageError(question, fix="say so with --yes")
-    print(f"{question} [Y/n] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("", "y", "yes")
+    print(f"{question} {'[Y/n]' if enter else '[y/N]'} ", end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline().strip().lower()
+    return answer in ("y", "yes") if answer else enter

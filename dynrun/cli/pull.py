@@ -65,7 +65,8 @@ def pull(
         _plan(files, as_json=as_json)
         return
     pulled = _pull(name, files, revision, connections)
-    say(f"{amount(pulled.fetched_bytes)} in {pulled.elapsed_s:.1f} s; run it: dynrun run {name}")
+    before = f", after {amount(pulled.resumed_bytes)} that were here already" if pulled.resumed_bytes else ""
+    say(f"{amount(pulled.fetched_bytes)} in {pulled.elapsed_s:.1f} s{before}; run it: dynrun run {name}")
     found = [(file.path, file.size_bytes, file.sha256) for file in pulled.files]
     data = _data(found, name, pulled.resumed_bytes, pulled.elapsed_s)
     emit(as_json, data, lambda: print(pulled.files[0].path))
@@ -121,7 +122,7 @@ def _companion(found: Found, kind: str, variant: Variant, wish: bool | None) -> 
             raise NotFoundError(f"{found.repository.name} has no {kind} file", fix=f"leave --{kind} out")
         return []
     if wish is None and somebody_is_there():
-        wish = ask_yes(f"{best.first.name} ({amount(best.size)}) {_WORTH[kind]}; download it too?")
+        wish = ask_yes(f"{best.first.name} ({amount(best.size)}) {_WORTH[kind]}; download it too?", enter=True)
     elif wish is None:
         say(f"{best.first.name} ({amount(best.size)}) {_WORTH[kind]}: add --{kind} to download it too")
     return list(best.files) if wish else []

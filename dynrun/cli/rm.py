@@ -38,7 +38,7 @@ def rm(
     if dry_run:
         emit(as_json, data, lambda: print(f"would free {amount(removal.freed_bytes)}"))
         return
-    if not yes and not ask_yes(f"remove this, which frees {amount(removal.freed_bytes)}?"):
+    if not yes and not ask_yes(f"remove this, which frees {amount(removal.freed_bytes)}?", enter=False):
         raise UsageError("nothing was removed")
     removal.execute()
     emit(as_json, data, lambda: print(f"freed {amount(removal.freed_bytes)}"))

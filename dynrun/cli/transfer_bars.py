@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from dynrun.hub.transfer import FileProgress, Progress
 
 _EVERY_S = 15.0
-_NAME_WIDTH = 44
+# Of a name, and of what stands beside it.
+_LONGEST_NAME, _REST_WIDTH = 52, 48
 
 
 def transfer_bars() -> LiveBars | Lines:
@@ -31,15 +32,19 @@ class LiveBars:
     def __init__(self) -> None:
         from rich import progress
         from rich.console import Console
+        from rich.table import Column
 
+        console = Console(stderr=True)
+        self._name_width = max(12, min(_LONGEST_NAME, console.width - _REST_WIDTH))
+        name = Column(width=self._name_width, no_wrap=True)
         self._bars: Bars = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=None),
-            progress.TaskProgressColumn(),
-            progress.DownloadColumn(),
-            progress.TransferSpeedColumn(),
-            progress.TimeRemainingColumn(compact=True),
-            console=Console(stderr=True),
+            progress.TextColumn("{task.description}", table_column=name),
+            progress.BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            progress.TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
+            progress.DownloadColumn(table_column=Column(no_wrap=True, min_width=15)),
+            progress.TransferSpeedColumn(table_column=Column(no_wrap=True, min_width=10)),
+            progress.TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
+            console=console,
             expand=True,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -63,10 +68,10 @@ class LiveBars:
 
     def _show(self, file: FileProgress) -> None:
         name = file.path.rpartition("/")[2]
+        checking = "checking " if file.done and file.done == file.size and not file.checked else ""
+        room = self._name_width - len(checking)
         # The end of a name tells shards apart.
-        shown = name if len(name) <= _NAME_WIDTH else f"…{name[1 - _NAME_WIDTH :]}"
-        if file.done and file.done == file.size and not file.checked:
-            shown = f"checking {shown}"
+        shown = checking + (name if len(name) <= room else f"…{name[len(name) + 1 - room :]}")
         self._update(file.path, file.size, file.done, shown, visible=not file.checked)
 
     def _update(self, key: str, total: int, done: int, shown: str = "all", *, visible: bool = True) -> None:

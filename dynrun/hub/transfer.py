@@ -30,7 +30,7 @@ _HASH_BYTES = 4 << 20
 _POLL_S = 0.02
 _SHOW_S = 0.1
 _SAVE_S = 1.0
-_END_S = 1.0
+_END_S = 0.5
 _SPLIT_POLL_S = 1.0
 # Less than this is not worth another connection.
 _SPLIT_BYTES = 2 << 20
