@@ -42,6 +42,16 @@ def verify(
 
     Example: dynrun verify demo-Q3_K_M.gguf --reference demo --remake
     """
+    checks = _checks(file, settings, scheme, reference, remake)
+    ok = all(check.ok is not False for check in checks)
+    findings = [asdict(check) for check in checks if check.ok is False]
+    data: dict[str, Any] = {"ok": ok, "findings": findings, "checks": [asdict(check) for check in checks]}
+    emit(as_json, data, lambda: print(_table(checks, file)))
+    if not ok:
+        raise typer.Exit(1)
+
+
+def _checks(file: Path, settings: Settings, scheme: Path | None, reference: str | None, remake: bool) -> list[Check]:
     from dynrun.errors import UsageError
     from dynrun.models import open_reference
     from dynrun.verify import Given, verify
@@ -57,12 +67,7 @@ def verify(
         from dynrun.remake import remake as again
 
         checks.append(again(file, scheme, model, settings, reporter))
-    ok = all(check.ok is not False for check in checks)
-    findings = [asdict(check) for check in checks if check.ok is False]
-    data: dict[str, Any] = {"ok": ok, "findings": findings, "checks": [asdict(check) for check in checks]}
-    emit(as_json, data, lambda: print(_table(checks, file)))
-    if not ok:
-        raise typer.Exit(1)
+    return checks
 
 
 def _table(checks: list[Check], file: Path) -> str:
