@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dynrun.artifacts import append_line, read_lines
+from dynrun.artifacts import append_line, read_lines, translated_os_errors
 from dynrun.paths import cache_dir
 from dynrun.runtime.machine import Machine
 from dynrun.runtime.model_facts import ModelFacts
@@ -30,9 +30,11 @@ def note_speed(facts: ModelFacts, machine: Machine, placement: Placement, tokens
     predicted = raw_speed(facts, placement.choice, machine)
     if not predicted or not math.isfinite(tokens_per_second) or tokens_per_second <= 0:
         return
-    where = residence(facts, placement.choice)
-    for kind in kinds_of(facts, where):
-        append_line(_path(), [machine_key(machine), kind, tokens_per_second / predicted])
+    path, where = _path(), residence(facts, placement.choice)
+    with translated_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for kind in kinds_of(facts, where):
+            append_line(path, [machine_key(machine), kind, tokens_per_second / predicted])
 
 
 def calibration_of(machine: Machine) -> dict[str, float]:

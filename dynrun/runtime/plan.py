@@ -52,8 +52,8 @@ def plan(facts: ModelFacts, machine: Machine, wishes: Wishes) -> Placement:
     found = [_best(facts, machine, _base(wishes, n_ctx), wishes) for n_ctx in contexts]
     rank = max(_rank(placement) for placement in found)
     good = [placement for placement in found if _rank(placement) == rank]
-    fastest = max(placement.tokens_per_second for placement in good)
-    return next(p for p in good if p.tokens_per_second >= _WORTH * fastest)
+    fastest = max(placement.merit for placement in good)
+    return next(p for p in good if p.merit >= _WORTH * fastest)
 
 
 def placed(facts: ModelFacts, machine: Machine, choice: Choice) -> Placement:
@@ -79,6 +79,7 @@ def placed(facts: ModelFacts, machine: Machine, choice: Choice) -> Placement:
         basis=speed.basis,
         argv=argv_of(facts, machine, choice),
         reason=reason,
+        merit=speed.merit,
     )
 
 
@@ -137,7 +138,7 @@ def _rank(placement: Placement) -> int:
 
 def _best(facts: ModelFacts, machine: Machine, base: Choice, wishes: Wishes) -> Placement:
     found = [placed(facts, machine, choice) for choice in _candidates(facts, machine, base)]
-    best = max(found, key=lambda p: (_rank(p), p.tokens_per_second, -sum(p.device_bytes.values())))
+    best = max(found, key=lambda p: (_rank(p), p.merit if p.fits else 0.0, -sum(p.device_bytes.values())))
     if wishes.prompt_cache_bytes is not None or not best.fits or best.verdict == "disk":
         return best
     left = machine.ram_free_bytes - best.host_bytes - (_on_devices(best) if machine.unified else 0)

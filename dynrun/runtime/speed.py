@@ -26,9 +26,11 @@ _LAYER_S, _HANDOVER_S = 12e-6, 30e-6
 
 @dataclass(frozen=True)
 class Speed:
-    """``bytes_per_token``: read for one token of text, from all memories."""
+    """``bytes_per_token``: read for one token of text, from all memories. ``merit``: tokens per second to choose a
+    placement by: what was measured of mixed placements alone must not make them look better than whole ones."""
 
     tokens_per_second: float
+    merit: float
     basis: Basis
     bytes_per_token: int
 
@@ -52,32 +54,50 @@ def token_bytes(facts: ModelFacts, choice: Choice, where: Residence) -> dict[int
 def predict(facts: ModelFacts, choice: Choice, where: Residence, machine: Machine, missing_share: float = 0.0) -> Speed:
     """Speed of one slot. ``missing_share``: of the weights in RAM the part that RAM has no room for, read from disk."""
     read = token_bytes(facts, choice, where)
-    factor = next((machine.calibration[kind] for kind in kinds_of(facts, where) if kind in machine.calibration), None)
-    seconds = _seconds(facts, choice, where, machine, read) / (factor or 1.0)
-    seconds += read[CPU] * missing_share / machine.disk_bytes_per_s
-    return Speed(1 / seconds, "estimated" if factor is None else "calibrated", sum(read.values()))
+    ram, devices = _seconds(facts, choice, where, machine, read)
+    disk = read[CPU] * missing_share / machine.disk_bytes_per_s
+    in_ram, on_device = (_factor(facts, machine, place) or 1.0 for place in ("cpu", "gpu"))
+    merit = ram / in_ram + devices / on_device
+    place = place_of(where)
+    known = _factor(facts, machine, place)
+    seconds = merit if known is None else (ram + devices) / known
+    basis: Basis = "estimated" if known is None else "calibrated"
+    return Speed(1 / (seconds + disk), 1 / (merit + disk), basis, sum(read.values()))
 
 
 def raw_speed(facts: ModelFacts, choice: Choice, machine: Machine) -> float:
     """Tokens per second as predicted without a calibration."""
     where = residence(facts, choice)
-    return 1 / _seconds(facts, choice, where, machine, token_bytes(facts, choice, where))
+    return 1 / sum(_seconds(facts, choice, where, machine, token_bytes(facts, choice, where)))
+
+
+def place_of(where: Residence) -> str:
+    """``cpu``, ``gpu`` or ``mixed``."""
+    mixed = where.experts_in_ram or CPU in where.layer_on
+    return "cpu" if not where.used else "mixed" if mixed else "gpu"
 
 
 def kinds_of(facts: ModelFacts, where: Residence) -> tuple[str, str]:
     """What a calibration is for, the closest first: where the model is and its tensor type; where it is."""
-    mixed = where.experts_in_ram or CPU in where.layer_on
-    place = "cpu" if not where.used else "mixed" if mixed else "gpu"
+    place = place_of(where)
     return f"{place}:{facts.main_type}", place
 
 
-def _seconds(facts: ModelFacts, choice: Choice, where: Residence, machine: Machine, read: dict[int, int]) -> float:
-    devices = machine.named(choice.devices)
-    seconds = read[CPU] / _cpu_bytes_per_s(facts, machine)
+def _factor(facts: ModelFacts, machine: Machine, place: str) -> float | None:
+    known = machine.calibration
+    return known.get(f"{place}:{facts.main_type}", known.get(place))
+
+
+def _seconds(
+    facts: ModelFacts, choice: Choice, where: Residence, machine: Machine, read: dict[int, int]
+) -> tuple[float, float]:
+    """Of one token: for what is read from RAM, and for what is read and launched on devices."""
+    devices, on_devices = machine.named(choice.devices), 0.0
     for device, nbytes in read.items():
         if device != CPU:
-            seconds += nbytes / (devices[device].bytes_per_s * _DEVICE_SHARE)
-    return seconds + _LAYER_S * sum(place != CPU for place in where.layer_on) + _HANDOVER_S * _handovers(where)
+            on_devices += nbytes / (devices[device].bytes_per_s * _DEVICE_SHARE)
+    on_devices += _LAYER_S * sum(place != CPU for place in where.layer_on) + _HANDOVER_S * _handovers(where)
+    return read[CPU] / _cpu_bytes_per_s(facts, machine), on_devices
 
 
 def _cpu_bytes_per_s(facts: ModelFacts, machine: Machine) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from dynrun.artifacts import write_json
+from dynrun.artifacts import translated_os_errors, write_json
 from dynrun.config import available_cores, load_config
 from dynrun.errors import DynrunError
 from dynrun.llamacpp import tools
@@ -78,8 +78,9 @@ def _with_bandwidths(machine: Machine, backend: str, measure: bool, again: bool)
     key = machine_key(machine)
     if again or (key not in known and measure):
         known[key] = _higher(known.get(key), _measured(machine, backend))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, known)
+        with translated_os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, known)
     if (found := known.get(key)) is None:
         return machine
     devices = machine.devices
