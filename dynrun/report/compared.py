@@ -15,7 +15,7 @@ from dynrun.artifacts import sha256_file
 from dynrun.calibration.dataset import BUILTIN_NAME
 from dynrun.errors import DynrunError
 from dynrun.evaluation.compare import Comparison
-from dynrun.evaluation.kld import Row
+from dynrun.evaluation.kld import Continuation, Row
 from dynrun.gguf.header import Header
 from dynrun.gguf.quantizable import quantizable
 from dynrun.gguf.shards import read_whole_header
@@ -23,7 +23,7 @@ from dynrun.llamacpp.build import installation
 from dynrun.quantize import MODEL_FILE
 from dynrun.report.answers import task_results
 from dynrun.report.card import card_of
-from dynrun.report.data import MADE, OTHER, STOCK, CurvePoint, Domain, FileResult, Report, Versus
+from dynrun.report.data import MADE, OTHER, STOCK, Continued, CurvePoint, Domain, FileResult, Report, Versus
 from dynrun.scheme import read_scheme, sha256
 from dynrun.scheme_types import Slopes
 
@@ -76,10 +76,15 @@ def _file(label: str, row: Row, *, imatrix: str, kind: str = "") -> FileResult:
         rms_dp=row.rms_dp,
         ppl=row.ppl,
         domains=tuple(domains),
+        continued=_continued(row.continuation) if row.continuation else None,
         sha256=sha256_file(row.file),
         imatrix=imatrix,
         types={name: tensor.type for name, tensor in quantizable(header).items()},
     )
+
+
+def _continued(along: Continuation) -> Continued:
+    return Continued(len(along.parted), along.n_tokens, along.identical, along.median_parted)
 
 
 def _unique(files: Iterable[FileResult]) -> list[FileResult]:

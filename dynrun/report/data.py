@@ -30,6 +30,17 @@ class Domain:
 
 
 @dataclass(frozen=True)
+class Continued:
+    """Along ``n_prompts`` greedy continuations of the reference, of ``n_tokens`` each: the share of those that the file
+    continues in the same way to the end, and the median position (from 0) of the first other token."""
+
+    n_prompts: int
+    n_tokens: int
+    identical: float
+    median_parted: float
+
+
+@dataclass(frozen=True)
 class FileResult:
     """One measured file. ``name`` is unique in the report, ``file`` the file's own; fractions are of 1.
 
@@ -47,6 +58,7 @@ class FileResult:
     ppl: float
     domains: tuple[Domain, ...] = ()
     equal_size: EqualSize | None = None
+    continued: Continued | None = None
     sha256: str = ""
     imatrix: str = ""
     types: Mapping[str, str] = field(default_factory=dict)

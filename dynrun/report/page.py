@@ -20,6 +20,7 @@ from dynrun.report.heatmaps import slope_maps, type_maps
 from dynrun.report.plots import domain_plot, percentile_plot, size_plot, task_plots
 from dynrun.report.style import Plot, drawing
 from dynrun.report.tables import (
+    continuation_table,
     divergence_table,
     domain_table,
     file_table,
@@ -89,6 +90,7 @@ def _words(report: Report) -> Mapping[str, Any]:
         "divergence": divergence_table(report),
         "percentiles": percentile_table(report),
         "domains": domain_table(report),
+        "continuations": continuation_table(report),
         "tasks": task_table(report),
         "files": file_table(report),
     }

@@ -61,6 +61,17 @@ def domain_table(report: Report) -> Table | None:
     return Table(columns, tuple(rows))
 
 
+def continuation_table(report: Report) -> Table | None:
+    """Greedy continuations beside the reference's; None where there are none."""
+    rows = [
+        (file.name, str(found.n_prompts), str(found.n_tokens), f"{found.identical:.0%}", f"{found.median_parted:g}")
+        for file in report.files
+        if (found := file.continued)
+    ]
+    columns = ("file", "prompts", "tokens each", "same to the end", "first other token (median)")
+    return Table(columns, tuple(rows)) if rows else None
+
+
 def task_table(report: Report) -> Table | None:
     """Answers to questions; None where none were asked."""
     if not report.tasks:

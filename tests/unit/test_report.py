@@ -20,7 +20,19 @@ from dynrun.errors import NotFoundError, UsageError
 from dynrun.metrics.equal_size import EqualSize
 from dynrun.metrics.intervals import Ratio
 from dynrun.metrics.summary import Summary
-from dynrun.report.data import MADE, OTHER, STOCK, Card, CurvePoint, Domain, FileResult, Report, TaskResult, Versus
+from dynrun.report.data import (
+    MADE,
+    OTHER,
+    STOCK,
+    Card,
+    Continued,
+    CurvePoint,
+    Domain,
+    FileResult,
+    Report,
+    TaskResult,
+    Versus,
+)
 from dynrun.report.folder import Written, read_report, write_report
 
 HOSTILE = (
@@ -48,6 +60,7 @@ def result(name: str, kind: str, size_bytes: int, mean: float) -> FileResult:
 def report() -> Report:
     types = {"token_embd.weight": "Q4_K", "blk.0.attn_q.weight": "Q3_K", "blk.1.attn_q.weight": "IQ4_XS"}
     own = replace(result("dynrun Q3_K_M", MADE, 118_000_000, 0.16), types=types, sha256="ab" * 32)
+    own = replace(own, continued=Continued(40, 32, 0.375, 11.5))
     other = replace(result("theirs", OTHER, 131_000_000, 0.14), equal_size=EqualSize(1.051, 0.133, True))
     stock = [result("stock Q3_K_M", STOCK, 118_000_000, 0.47), result("stock Q4_K_M", STOCK, 136_000_000, 0.1)]
     return Report(
@@ -165,6 +178,7 @@ def test_page_and_card_say_the_same(written: Written, report: Report) -> None:
     assert ["dynrun Q3_K_M", "118.0 MB", "4.40", "0.1600 (0.1440–0.1760)", "–", "same"] in rows
     assert ["theirs", "131.0 MB", "4.40", "0.1400 (0.1260–0.1540)", "1.051 extrapolated", "same"] in rows
     assert ["dynrun Q3_K_M", "0.1280", "0.2080"] in rows
+    assert ["dynrun Q3_K_M", "40", "32", "38%", "11.5"] in rows
     answers = ["MMLU 5-shot", "1,000", "31.00% (28.00%–34.00%)", "12", "9"]
     sizes = ["0.110 GiB (0.118 GB)", "54.60 per GiB (50.80 per GB)"]
     assert ["dynrun Q3_K_M", *answers, *sizes] in rows

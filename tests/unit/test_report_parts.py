@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from matplotlib.text import Text
 from dynrun.artifacts import run_stage, sha256_file, stage_folder, write_json
 from dynrun.cli.command_line import ARGUMENTS, command_line, without_folders
 from dynrun.evaluation.compare import Named, compare
-from dynrun.evaluation.kld import Domain, Row, Score
+from dynrun.evaluation.kld import Continuation, Domain, Row, Score
 from dynrun.llamacpp.build import Installation
 from dynrun.metrics.intervals import clusters_of, mean_estimate
 from dynrun.metrics.summary import summarize
@@ -24,7 +25,7 @@ from dynrun.report import compared
 from dynrun.report.answers import task_results
 from dynrun.report.card import card_of, front_matter
 from dynrun.report.compared import compared_report
-from dynrun.report.data import MADE, OTHER, STOCK, Card, Report
+from dynrun.report.data import MADE, OTHER, STOCK, Card, Continued, Report
 from dynrun.report.heatmaps import slope_maps, type_maps
 from dynrun.report.labels import Named as Point
 from dynrun.report.labels import name_points
@@ -76,7 +77,9 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
     reference = gguf(tmp_path / "demo-F16.gguf", general__name="Demo", general__license="apache-2.0")
     own = gguf(tmp_path / "own.gguf", dynrun__version="0.1")
     other = gguf(tmp_path / "other.gguf", general__name="other")
-    files = [Named("Q3", row_of(own, 1000, 0.2), "same"), Named("Q3", row_of(other, 1400, 0.3), "unknown")]
+    theirs = row_of(other, 1400, 0.3)
+    theirs = replace(theirs, continuation=Continuation(32, (None, 3, 9, 0), theirs.score))
+    files = [Named("Q3", row_of(own, 1000, 0.2), "same"), Named("Q3", theirs, "unknown")]
     stock = [(1000, 0.4, "Q3_K_M"), (1200, 0.1, "Q4_K_M"), (1300, 0.11, "Q4_1")]
     presets = [Named(ftype, row_of(other, size, mean), "same") for size, mean, ftype in stock]
     comparison = compare(reference, ["chat.jsonl", "code.jsonl"], files, presets, ["the reference is itself quantized"])
@@ -99,6 +102,8 @@ def test_a_comparison_becomes_a_report(report: Report) -> None:
     # Only the pair of equal size is compared outright.
     assert [(v.name, v.other) for v in report.versus] == [("Q3", "stock Q3_K_M")]
     assert report.versus[0].ratio.value == pytest.approx(0.5)
+    assert report.files[1].continued == Continued(4, 32, 0.25, 6.0)
+    assert report.files[0].continued is None
     assert report.text == "chat.jsonl, code.jsonl"
     assert report.notes == ("the reference is itself quantized",)
     assert dict(report.provenance)["Reference"] == "demo-F16.gguf"
