@@ -13,6 +13,7 @@ from dynrun.cli import options, tables
 from dynrun.cli.command_line import command_line
 from dynrun.cli.eval_kld import Continuations, TextNames, continuation_table, domain_table, mean, measured, scored_texts
 from dynrun.cli.output import StageReporter, megabytes, say
+from dynrun.errors import UsageError
 
 if TYPE_CHECKING:
     from dynrun.evaluation.compare import Compared, Comparison, Named
@@ -64,6 +65,8 @@ def compare(
     from dynrun.models import resolve
 
     form = tables.form_of(as_json, as_csv, as_md)
+    if curve and presets:
+        raise UsageError("--presets are built, and the --curve is given", fix="give one of the two")
     files = [resolve(model).path for model in models]
     stock = _given(resolve(reference).path, curve) if curve else _built(reference, files, presets, settings)
     scored = scored_texts(
@@ -105,7 +108,6 @@ class _Stock:
 
 def _given(reference: Path, curve: Sequence[Path]) -> _Stock:
     """Somebody's stock files; their imatrix is known where all of them say the same."""
-    from dynrun.errors import UsageError
     from dynrun.gguf.quant_label import label_of
     from dynrun.gguf.shards import read_whole_header
 
@@ -116,8 +118,11 @@ def _given(reference: Path, curve: Sequence[Path]) -> _Stock:
     known = said.pop() if len(said) == 1 else None
     files: dict[str, Path] = {}
     for header in headers:
-        label = label_of(header)
-        files[label if label not in files else header.path.name] = header.path.resolve()
+        path = header.path.resolve()
+        if path not in files.values():
+            # Several may be of one preset, by several makers.
+            names = (label_of(header), header.path.name, str(path))
+            files[next(name for name in names if name not in files)] = path
     return _Stock(reference, files, known if isinstance(known, str) else None)
 
 

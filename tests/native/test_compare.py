@@ -64,7 +64,7 @@ def test_files_are_compared_with_stock_presets_of_one_imatrix(
 
 def test_a_given_curve_is_taken_as_it_is_and_ends_are_marked(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     curve = [_quantized(tiny, label) for label in ("Q4_K_M", "Q5_K_M")]
-    given = [argument for path in curve for argument in ("--curve", path)]
+    given = [argument for path in (*curve, curve[0]) for argument in ("--curve", path)]
     larger = _quantized(tiny, "Q8_0")
     found = _compare(capsys, tiny, larger, curve[0], *given)
     assert [point["label"] for point in found["curve"]] == ["Q4_K_M", "Q5_K_M"]

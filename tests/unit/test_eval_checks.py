@@ -122,3 +122,9 @@ def test_two_forms_of_output_at_once_are_refused(command: list[str], capsys: pyt
 def test_one_file_is_refused_as_a_curve(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(reference), str(reference), "--curve", str(reference)]) == 2
     assert capsys.readouterr().err.startswith("dynrun: one file makes no curve")
+
+
+def test_a_curve_is_given_or_built(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [argument for _ in range(2) for argument in ("--curve", str(reference))]
+    assert main(["compare", str(reference), str(reference), *given, "--presets", "all"]) == 2
+    assert capsys.readouterr().err == "dynrun: --presets are built, and the --curve is given — give one of the two\n"
