@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -135,9 +135,13 @@ def _reference_model(model: str) -> Model:
 def open_reference(model: str) -> Reference:
     """MODEL as a reference to quantize from; a quantized one is unpacked, and the reference says so.
 
-    Raises UsageError where it is no language model.
+    Shards are joined. Raises UsageError where it is no language model.
     """
+    from dynrun.llamacpp.join import joined
+
     found = _reference_model(model)
+    if (whole := joined(found.path, _say)) != found.path:
+        found = replace(found, name=whole.stem, path=whole)
     header = read_header(found.path)
     if not header.architecture or header.metadata.get("general.type", "model") != "model":
         raise UsageError(f"{found.path} holds no language model", fix="give a GGUF of a model")

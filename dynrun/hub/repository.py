@@ -46,15 +46,22 @@ def _remote_file(repository: str, commit: str, entry: RepoFile) -> RemoteFile:
 
 
 def stays_inside(path: str) -> bool:
-    """Whether a file's path stays in its folder, under the rules of every system."""
+    """Whether a file's path stays in its folder, under the rules of every system, and is harmless on a terminal."""
+    if not path.isprintable():
+        return False
     parts = path.split("/")
     windows = [PureWindowsPath(part) for part in parts]
     absolute = PurePosixPath(path).is_absolute() or any(part.drive or part.root for part in windows)
-    return not absolute and "\\" not in path and "\0" not in path and not {"", ".", ".."} & set(parts)
+    return not absolute and "\\" not in path and not {"", ".", ".."} & set(parts)
+
+
+def is_name(name: str) -> bool:
+    """Whether ``name`` can be a repository's."""
+    return bool(_NAME.fullmatch(name)) and ".." not in name
 
 
 def _checked_name(name: str) -> str:
-    if not _NAME.fullmatch(name) or ".." in name:
+    if not is_name(name):
         raise _distrusted(f"the server calls the repository {name[:80]!r}")
     return name
 

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 from dynrun.errors import NotFoundError, UsageError
 from dynrun.hub.errors import GatedError, RefusedError, errors_for_people
 from dynrun.hub.files import Repository, Shelf
-from dynrun.hub.repository import MAIN, fetch_repository
+from dynrun.hub.repository import MAIN, fetch_repository, is_name
 from dynrun.hub.variants import shelve
 
 # Whose GGUFs of other people's models are known to be whole and kept up, in the order they are looked at.
@@ -138,7 +138,8 @@ def _search(name: str, owner: str) -> list[str]:
         models = HfApi().list_models(
             search=name, author=owner or None, filter="gguf", sort="downloads", limit=_MOST_FOUND
         )
-        return [model.id for model in models]
+        # What a server calls a repository is shown on the terminal.
+        return [model.id for model in models if is_name(model.id)]
 
 
 def _chosen(name: HubName, candidates: list[str], ask: Ask, why: str) -> Found:

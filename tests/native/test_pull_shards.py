@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from dynrun.errors import NotFoundError
 from dynrun.gguf.shards import read_whole_header
 from dynrun.llamacpp.tools import merge_shards, split_file
+from dynrun.models import open_reference
 from tests.commands import ARGV, dynrun
 from tests.hub_server import Fault, Hub, serving
 from tests.tiny import write_tiny_llama
@@ -113,3 +115,17 @@ def test_another_program_of_the_hub_takes_what_was_pulled(scene: Scene) -> None:
     scene.hub.served.clear()
     run_hf("download", "o/Tiny-GGUF", scene.shards[1].name)
     assert not scene.hub.served
+
+
+def test_shards_are_a_reference_as_any_other(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = open_reference(str(scene.shards[0]))
+    assert reference.name == "Tiny-F16"
+    assert reference.header.tensors.keys() == read_whole_header(scene.model).tensors.keys()
+    assert "joining the 3 shards of Tiny-F16.gguf" in capsys.readouterr().err
+    assert open_reference(str(scene.shards[0])).sha256 == reference.sha256
+    assert not capsys.readouterr().err
+    os.utime(scene.shards[1], ns=(1, 1))
+    assert open_reference(str(scene.shards[0])).path != reference.path
+    scene.shards[1].unlink()
+    with pytest.raises(NotFoundError, match="one of the 3 shards of the model"):
+        open_reference(str(scene.shards[0]))

@@ -249,7 +249,8 @@ def test_a_disk_that_is_too_small_for_all_files_is_said_first(hub: Hub, monkeypa
 
 
 @pytest.mark.parametrize(
-    "path", ["../escape.gguf", "a/../../b.gguf", "/etc/x.gguf", "C:/x.gguf", "a\\..\\..\\b.gguf", "a//b.gguf"]
+    "path",
+    ["../escape.gguf", "a/../../b.gguf", "/etc/x.gguf", "C:/x.gguf", "a\\..\\..\\b.gguf", "a//b.gguf", "\x1b[2J.gguf"],
 )
 def test_names_of_files_do_not_leave_the_cache(hub: Hub, tmp_path: Path, path: str) -> None:
     hub.models["o/m"] = {path: b"x"}
