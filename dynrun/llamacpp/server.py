@@ -108,6 +108,8 @@ class LlamaServer:
         return self._child.pid
 
     def __enter__(self) -> Self:
+        if self._child is not None:
+            raise ValueError("a server is started once")
         with self._open:
             if self.listen.key_file is None:
                 self._open.callback(self.key_file.unlink, missing_ok=True)

@@ -59,8 +59,11 @@ def serve(job: Job, planner: Planner, name: str, cancel: Flag) -> Iterator[Event
     running = yield from ladder.start(job, planner, cancel)
     while True:
         server, n_ctx = running.server, running.placement.choice.n_ctx
-        with server, announced(server.url, server.key_file, {name: (job.model, n_ctx)}):
-            died = _watched(server, cancel)
+        try:
+            with announced(server.url, server.key_file, {name: (job.model, n_ctx)}):
+                died = _watched(server, cancel)
+        finally:
+            server.stop()
         if died is None:
             return
         died = ladder.explained(job, died)
