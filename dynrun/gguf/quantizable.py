@@ -53,8 +53,9 @@ def quantizable(header: Header) -> dict[str, TensorInfo]:
 def mtp_blocks(metadata: Mapping[str, Any]) -> range:
     """The numbers of the multi-token-prediction blocks, the last of a model's blocks; empty where it has none."""
     architecture = metadata.get("general.architecture", "")
-    n_block = metadata.get(f"{architecture}.block_count", 0)
-    n_mtp = metadata.get(f"{architecture}.nextn_predict_layers", 0)
+    n_block, n_mtp = (metadata.get(f"{architecture}.{key}", 0) for key in ("block_count", "nextn_predict_layers"))
+    if type(n_block) is not int or type(n_mtp) is not int:
+        return range(0)
     return range(n_block - n_mtp, n_block)
 
 

@@ -15,7 +15,6 @@ from functools import cached_property
 from dynrun.errors import UsageError
 from dynrun.gguf.header import Header, TensorInfo
 from dynrun.gguf.quant_label import label_of
-from dynrun.gguf.quantizable import mtp_blocks
 from dynrun.runtime.cache_shape import Hyperparameters, LayerCache, is_exact, layer_caches
 
 # LLM_FFN_EXPS_REGEX of common/common.h.
@@ -40,9 +39,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """``input_bytes``: tables that stay in RAM; ``output_bytes``: the output matrix and norm, of tied embeddings their
-    copy (``tied``). ``widest``: most elements of one token in any projection (Q, K, V, FFN). ``exact``: whether the
-    caches are llama.cpp's to the byte, or an upper estimate. ``type_bytes``: bytes in each tensor type."""
+    """``input_bytes``: tables that stay in RAM; ``output_bytes``: the output matrix and norm; of tied embeddings a copy
+    of theirs, ``output_copy_bytes``, which RAM needs not twice. ``exact``: whether the caches are llama.cpp's to the
+    byte, or an upper estimate. ``type_bytes``: bytes in each tensor type."""
 
     name: str
     label: str
@@ -53,7 +52,7 @@ class ModelFacts:
     input_bytes: int
     input_row_bytes: int
     output_bytes: int
-    tied: bool
+    output_copy_bytes: int
     n_expert: int
     n_expert_used: int
     n_vocab: int
@@ -71,7 +70,7 @@ class ModelFacts:
     def weight_bytes(self) -> int:
         """Of all tensors; a tied output counts once."""
         layers = sum(layer.dense_bytes + layer.expert_bytes for layer in self.layers)
-        return layers + self.input_bytes + (0 if self.tied else self.output_bytes)
+        return layers + self.input_bytes + self.output_bytes - self.output_copy_bytes
 
     @cached_property
     def main_type(self) -> str:
@@ -99,8 +98,7 @@ def facts_of(header: Header, name: str | None = None) -> ModelFacts:
             blocks[int(match[1])].append(tensor)
         else:
             (inputs if _INPUTS.match(tensor.name) else outputs).append(tensor)
-    tied = "output.weight" not in header.tensors
-    skipped = mtp_blocks(header.metadata)
+    copied = 0 if "output.weight" in header.tensors else embeddings.nbytes
     caches = layer_caches(header.metadata)
     n_head = hp.each_layer("attention.head_count", 0)
     return ModelFacts(
@@ -110,11 +108,11 @@ def facts_of(header: Header, name: str | None = None) -> ModelFacts:
         file_bytes=header.file_bytes,
         header_bytes=header.data_offset,
         # llama.cpp does not load MTP blocks where it does not draft with them.
-        layers=tuple(_layer([] if i in skipped else blocks[i], caches[i]) for i in range(hp.n_layer_all)),
+        layers=tuple(_layer(blocks[i] if i < hp.n_layer else [], caches[i]) for i in range(hp.n_layer_all)),
         input_bytes=_sum(inputs),
         input_row_bytes=sum(t.nbytes // max(t.n_elements // t.shape[0], 1) for t in inputs),
-        output_bytes=_sum(outputs) + (embeddings.nbytes if tied else 0),
-        tied=tied,
+        output_bytes=_sum(outputs) + copied,
+        output_copy_bytes=copied,
         n_expert=hp.number("expert_count"),
         n_expert_used=hp.number("expert_used_count"),
         n_vocab=embeddings.shape[1],

@@ -88,8 +88,8 @@ def ledger(facts: ModelFacts, choice: Choice, found: Residence, discrete: bool) 
         weights[here] = weights.get(here, 0) + layer.dense_bytes
         weights[there] = weights.get(there, 0) + layer.expert_bytes
         caches[here] = caches.get(here, 0) + cache_bytes(layer.cache, choice)
-    if found.output_on != CPU or not facts.tied:
-        weights[found.output_on] = weights.get(found.output_on, 0) + facts.output_bytes
+    output = facts.output_bytes - (facts.output_copy_bytes if found.output_on == CPU else 0)
+    weights[found.output_on] = weights.get(found.output_on, 0) + output
     images = mmproj_bytes(choice.mmproj_bytes)
     first = min(found.used, default=CPU) if choice.mmproj_on_gpu else CPU
     n_contexts = len(found.used) if discrete else 0
