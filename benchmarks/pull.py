@@ -5,7 +5,8 @@ usage: .venv/bin/python -m benchmarks.pull [--bytes 1000000000] [--rounds 5] [--
 Each round runs curl, curl with sha256sum after it, and `dynrun pull` (whole processes), one after another, from the
 same server (another process, sendfile) onto the same disk; what was fetched is removed after each. dynrun checks the
 hash and has the bytes on the disk (fsync) before it says that it is done; curl does neither. Rates are medians; the
-ratio is of the times within a round. The peak memory of pull is given for the file and for a tenth of it. Prints one
+ratio is of the times within a round. CPU seconds are the processes' own: they tell also where the machine is busy with
+other things. The peak memory of pull is given for the file and for a tenth of it. Prints one
 JSON object.
 """
 
@@ -29,9 +30,10 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Run:
-    """``peak_bytes`` is the most memory that the process had."""
+    """``cpu_s`` of all cores, in the kernel too; ``peak_bytes`` is the most memory that the process had."""
 
     elapsed_s: float
+    cpu_s: float
     peak_bytes: int
 
 
@@ -58,7 +60,8 @@ def run(argv: list[str], env: dict[str, str]) -> Run:
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, argv)
     # macOS counts bytes, Linux kilobytes.
-    return Run(elapsed_s, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Run(elapsed_s, usage.ru_utime + usage.ru_stime, peak)
 
 
 def curl(url: str, name: str, out: Path, *, checked: bool) -> Run:
@@ -109,6 +112,10 @@ def measure(folder: Path, n_bytes: int, rounds: int) -> dict[str, object]:
         "bytes": n_bytes,
         "mb_per_s": {
             name: round(n_bytes / 1e6 / statistics.median(one.elapsed_s for one in column))
+            for name, column in zip(names, columns, strict=True)
+        },
+        "cpu_s": {
+            name: round(statistics.median(one.cpu_s for one in column), 2)
             for name, column in zip(names, columns, strict=True)
         },
         "pull_over_curl": [round(plain.elapsed_s / pulled.elapsed_s, 3) for plain, _, pulled in rows],
