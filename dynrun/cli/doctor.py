@@ -177,18 +177,11 @@ def _devices() -> tuple[list[dict[str, Any]], Check]:
 
 
 def _gpu(line: str) -> dict[str, Any]:
-    """A line of llama-server --list-devices: ``CUDA0: NAME (81008 MiB, 80000 MiB free)`` (common/arg.cpp)."""
-    match = re.fullmatch(r"(\S+): (.*) \((\d+) MiB, (\d+) MiB free\)", line)
-    if match is None:
-        return {
-            "name": line.split(":")[0],
-            "kind": "gpu",
-            "description": line,
-            "memory_bytes": None,
-            "free_bytes": None,
-        }
-    total, free = int(match[3]) << 20, int(match[4]) << 20
-    return {"name": match[1], "kind": "gpu", "description": match[2], "memory_bytes": total, "free_bytes": free}
+    """A line of llama-server --list-devices."""
+    from dynrun.runtime.this_machine import parse_device
+
+    name, description, total, free = parse_device(line) or (line.split(":")[0], line, None, None)
+    return {"name": name, "kind": "gpu", "description": description, "memory_bytes": total, "free_bytes": free}
 
 
 def _processor() -> dict[str, Any]:
