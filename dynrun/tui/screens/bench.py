@@ -17,7 +17,7 @@ from dynrun.tui.jobs import running, start_job, stop_jobs
 from dynrun.tui.messages import JobDone, JobFailed, JobStopped, Visit
 from dynrun.tui.screens.room import RoomScreen
 from dynrun.tui.widgets.change_table import ChangeTable
-from dynrun.tui.widgets.history_table import HistoryTable
+from dynrun.tui.widgets.history_table import HistoryTable, when
 from dynrun.tui.widgets.speed_table import SpeedTable
 from dynrun.tui.words import duration
 
@@ -38,7 +38,7 @@ class BenchScreen(RoomScreen):
 # Bench
 
 Tokens per second of prompt processing (`pp`) and generation (`tg`), by llama-bench in rounds until the 95% intervals
-are within 3%, or the time is used up. `placements`: `auto` (what a chat would use), `cpu`, `gpu`, `moe` (experts in
+are within 3%, or the time is used up. `where`: `auto` (what a chat would use), `cpu`, `gpu`, `moe` (experts in
 RAM), `ngl=N`, `ncmoe=N`. **of memory**: the share of the measured bandwidth that generation reaches. Intervals in
 yellow stayed too wide: other programs were running.
 
@@ -63,7 +63,7 @@ cursor: a difference counts only beyond the noise of both. Benches of `auto` tea
         with Horizontal(id="request"):
             yield Label("models")
             yield Input("demo", id="models", compact=True)
-            yield Label("placements")
+            yield Label("where")
             yield Input("auto", id="placements", compact=True)
             yield Label("tests")
             yield Input("pp512,tg128", id="tests", compact=True)
@@ -170,7 +170,7 @@ cursor: a difference counts only beyond the noise of both. Benches of `auto` tea
             return
         self.query_one("#shown", ContentSwitcher).current = "changes"
         self.query_one(ChangeTable).show(changes)
-        self._say(f"before: the bench of {before['time']}; after: the one that was shown")
+        self._say(f"before: the bench of {when(before)}; after: that of {when(self._result)}")
 
     def action_edit(self) -> None:
         self.query_one("#models", Input).focus()

@@ -9,7 +9,7 @@ from rich.text import Text
 from dynrun.runtime.bench_history import Compared
 from dynrun.tui.widgets.fitted_table import FittedTable, number
 
-_STYLES = {"faster": "green", "slower": "red"}
+_COLOURS = {"faster": "success", "slower": "error"}
 
 
 class ChangeTable(FittedTable):
@@ -32,8 +32,8 @@ class ChangeTable(FittedTable):
     def fill(self) -> None:
         self.clear()
         for one in self._changes:
-            verdict = one.change.verdict if one.change.verdict in _STYLES else "noise"
+            verdict = one.change.verdict if one.change.verdict in _COLOURS else "noise"
             numbers = (f"{one.before:.1f}", f"{one.after:.1f}", f"{one.change.ratio - 1:+.1%}")
-            told = Text(verdict, style=_STYLES.get(verdict, "dim"))
+            told = Text(verdict, style=self.colour(_COLOURS[verdict]) if verdict in _COLOURS else "dim")
             cells = (Text(one.placement), Text(one.test), *map(number, numbers), told)
             self.add_row(self.shortened(one.model), *cells)

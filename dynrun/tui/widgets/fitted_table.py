@@ -39,6 +39,10 @@ class FittedTable(DataTable[Text]):
         """Cells of the first column."""
         return self.columns[ColumnKey("first")].width
 
+    def colour(self, name: str) -> str:
+        """A colour of the theme, for cells."""
+        return self.app.theme_variables.get(name, "")
+
     def fill(self) -> None:
         """Put all rows in anew."""
 

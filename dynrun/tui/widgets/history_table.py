@@ -31,7 +31,7 @@ class HistoryTable(FittedTable):
         self.clear()
         for result in self._results:
             models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
-            self.add_row(self.shortened(models), Text(_when(result)), Text(_best(result)))
+            self.add_row(self.shortened(models), Text(when(result)), Text(_best(result)))
         self.move_cursor(row=row)
 
     @property
@@ -40,7 +40,8 @@ class HistoryTable(FittedTable):
         return self._results[self.cursor_row] if self.row_count else None
 
 
-def _when(result: Result) -> str:
+def when(result: Result) -> str:
+    """Its time, as people read it."""
     try:
         return datetime.strptime(result["time"], "%Y-%m-%dT%H:%M:%S%z").strftime("%Y-%m-%d %H:%M")
     except (KeyError, ValueError, TypeError):

@@ -37,22 +37,23 @@ class SpeedTable(FittedTable):
             kind = row["test"][:2]
             longest[kind] = max(longest.get(kind, 0.0), row["ci95"][1])
         for row in self._result["rows"]:
-            self.add_row(self.shortened(row["model"]), *_cells(row, longest[row["test"][:2]]))
+            cells = _cells(row, longest[row["test"][:2]], self.colour("primary"), self.colour("warning"))
+            self.add_row(self.shortened(row["model"]), *cells)
 
 
-def _cells(row: Mapping[str, Any], longest: float) -> list[Text]:
+def _cells(row: Mapping[str, Any], longest: float, primary: str, warning: str) -> list[Text]:
     speed, (low, high) = row["tokens_per_second"], row["ci95"]
     share = row["bandwidth_share"]
-    noise = Text(f"±{(high - low) / 2 / speed:.1%}", style="yellow" if row["noisy"] else "", justify="right")
+    noise = Text(f"±{(high - low) / 2 / speed:.1%}", style=warning if row["noisy"] else "", justify="right")
     percent = number("" if share is None else f"{share:.0%}")
     return [
         *(Text(row["placement"]), Text(row["test"])),
-        *(number(f"{speed:.1f}"), noise, bar(low, high, longest), percent),
+        *(number(f"{speed:.1f}"), noise, bar(low, high, longest, primary), percent),
     ]
 
 
-def bar(low: float, high: float, longest: float) -> Text:
+def bar(low: float, high: float, longest: float, colour: str) -> Text:
     """Filled to the interval's lower end, shaded to its upper one."""
     solid = round(max(low, 0.0) / longest * _BAR)
     until = max(solid, round(min(high, longest) / longest * _BAR))
-    return Text("█" * solid, style="blue") + Text("▒" * (until - solid), style="blue")
+    return Text("█" * solid + "▒" * (until - solid), style=colour)
