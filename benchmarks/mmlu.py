@@ -4,7 +4,9 @@ usage: .venv/bin/python benchmarks/mmlu.py --data DIR [MODEL] [--subjects 20] [-
 
 Of so many subjects, evenly drawn, so many questions are asked three times: as `eval mmlu` asks them; each with all of
 its prompt decoded; and by llama-server's /completion, whose n_probs give the probabilities of the next token. Speeds
-and every choice that differs are printed, with how far apart its two best answers are.
+and every choice that differs are printed, with how far apart its two best answers are. On a machine that others use
+too, look at the tokens decoded and at the seconds of CPU time rather than at the clock. What was run before is found,
+not measured: set DYNRUN_CACHE to an empty folder to measure again.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ import httpx
 import numpy as np
 
 from dynrun.config import load_config
+from dynrun.evaluation.choices import prepare
 from dynrun.evaluation.mmlu import mmlu
 from dynrun.evaluation.questions import Question, Task
 from dynrun.evaluation.runs import Run, run_task
 from dynrun.llamacpp.server import Server
+from dynrun.llamacpp.vocabulary import Vocabulary
 from dynrun.models import resolve
 
 # Letters are among the likeliest tokens after "Answer:"; the server sends no more than are asked for.
@@ -80,6 +84,20 @@ def chosen(task: Task, n_subjects: int, n_questions: int) -> Task:
     return replace(task, questions=tuple(one for one in task.questions if one.subject in kept)).limited(n_questions)
 
 
+def measured(model: Path, task: Task, n_ctx: int, n_threads: int, *, shared: bool) -> tuple[Run, float]:
+    """The run, and the CPU time of this process for it, loading included."""
+    started = time.process_time()
+    run = run_task(model, task, n_ctx=n_ctx, n_threads=n_threads, shared=shared)
+    return run, time.process_time() - started
+
+
+def n_tokens(model: Path, task: Task, n_ctx: int, *, shared: bool) -> int:
+    """Tokens that are decoded for the task."""
+    with Vocabulary.load(model) as vocabulary:
+        blocks = prepare(task, vocabulary, n_ctx=n_ctx, shared=shared)
+    return sum(len(block.prefix) + sum(branch.n_tokens for branch in block.branches) for block in blocks)
+
+
 def main() -> None:
     """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,8 +110,8 @@ def main() -> None:
     options = parser.parse_args()
     model = resolve(options.model).path
     task = chosen(mmlu(options.data), options.subjects, options.questions)
-    shared, alone = (
-        run_task(model, task, n_ctx=options.ctx, n_threads=options.threads, shared=shared) for shared in (True, False)
+    (shared, cpu_s), (alone, cpu_alone_s) = (
+        measured(model, task, options.ctx, options.threads, shared=shared) for shared in (True, False)
     )
     by_server, elapsed_s = served(model, task, shared, options.ctx, options.threads)
     alone_log_p = {one.id: one.log_p for one in alone.answers}
@@ -107,6 +125,11 @@ def main() -> None:
             "llama-server": len(task.questions) / elapsed_s,
         },
         "ratio": shared.questions_per_second / alone.questions_per_second,
+        "cpu_s": {"shared prefix": cpu_s, "every prompt alone": cpu_alone_s},
+        "tokens decoded": {
+            "shared prefix": n_tokens(model, task, options.ctx, shared=True),
+            "every prompt alone": n_tokens(model, task, options.ctx, shared=False),
+        },
         "other choice than every prompt alone": differences(shared, alone_log_p),
         "other choice than llama-server": differences(shared, by_server),
     }
