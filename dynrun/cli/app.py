@@ -26,6 +26,7 @@ from dynrun.cli import (
     eval_kld,
     eval_mmlu,
     eval_task,
+    export,
     imatrix,
     lint,
     ls,
@@ -72,6 +73,14 @@ evaluate.command("task")(eval_task.eval_task)
 evaluate.command("flips")(eval_flips.eval_flips)
 evaluate.command("harness")(eval_harness.eval_harness)
 app.add_typer(evaluate, name="eval")
+exports = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Hand a file to another program on this machine. Example: dynrun export lmstudio demo:Q3_K_M",
+)
+exports.command("ollama")(export.ollama)
+exports.command("lmstudio")(export.lmstudio)
+app.add_typer(exports, name="export")
 schemes = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
