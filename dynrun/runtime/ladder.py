@@ -42,11 +42,13 @@ class Job:
 @dataclass(frozen=True)
 class Planner:
     """Where a model goes. ``first`` gives a placement, and whether it is a remembered one; ``retreat`` the next
-    smaller one after an error, or None; ``remember`` keeps one that worked where a larger one did not."""
+    smaller one after an error, or None; ``remember`` keeps one that worked where a larger one did not; ``learn`` takes
+    the speed of text generation that a placement reached, in tokens per second."""
 
     first: Callable[[], tuple[Placement, bool]]
     retreat: Callable[[Placement, ServerOutOfMemoryError], Placement | None]
     remember: Callable[[Placement], None] = lambda _: None
+    learn: Callable[[Placement, float], None] = lambda _placement, _speed: None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from dynrun.calibration.template import read_template
 from dynrun.gguf.header import Header, read_header
 from dynrun.llamacpp.server import ServerOutOfMemoryError
+from dynrun.runtime.calibration import note_speed
 from dynrun.runtime.events import Answer, Finished, Said
 from dynrun.runtime.history import Message
 from dynrun.runtime.ladder import Job, Planner
@@ -68,7 +69,7 @@ def has_chat_template(header: Header) -> bool:
 def planner_for(model: Path, where: Where, machine: Machine | None = None) -> Planner:
     """The planner of ``model`` on ``machine`` (this one, as it is when it is first asked)."""
     planning = _Planning(model, where, machine)
-    return Planner(planning.first, planning.retreat, planning.remember)
+    return Planner(planning.first, planning.retreat, planning.remember, planning.learn)
 
 
 @dataclass
@@ -128,6 +129,9 @@ class _Planning:
 
     def remember(self, worked: Placement) -> None:
         self.memory.keep(worked.choice)
+
+    def learn(self, placement: Placement, tokens_per_second: float) -> None:
+        note_speed(self.facts, self.machine, placement, tokens_per_second)
 
 
 def ask_once(

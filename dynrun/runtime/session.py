@@ -8,6 +8,7 @@ Drives the terminal and the app alike: :meth:`Session.start` and :meth:`Session.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event as Flag
 from types import TracebackType
@@ -17,12 +18,15 @@ from dynrun.errors import DynrunError, NetworkError
 from dynrun.llamacpp.server import ServerOutOfMemoryError
 from dynrun.llamacpp.server_log import memory_ran_out
 from dynrun.runtime import ladder
-from dynrun.runtime.events import Event, Ready, Restarted, Starting
+from dynrun.runtime.events import Event, Finished, Ready, Restarted, Starting, Timings
 from dynrun.runtime.history import Message, request_messages
 from dynrun.runtime.ladder import Job, Planner, Running
 from dynrun.runtime.placement import Placement
 from dynrun.runtime.reply import BrokenReplyError, Cancellation, RefusedError, reply
 from dynrun.runtime.sampling import Sampling
+
+# Fewer tokens are timed too coarsely to learn from.
+_LEAST_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,10 @@ class Session:
         while True:
             url, key = self._address()
             try:
-                yield from reply(url, key, endpoint, body, self._cancellation)
+                for event in reply(url, key, endpoint, body, self._cancellation):
+                    if isinstance(event, Finished):
+                        self._learn(event.answer.timings)
+                    yield event
                 return
             except (BrokenReplyError, RefusedError) as error:
                 died = self._why(error)
@@ -110,6 +117,13 @@ class Session:
         running, self._running = self._running, None
         if running is not None:
             running.server.stop()
+
+    def _learn(self, timings: Timings) -> None:
+        """Every long enough answer corrects the planner."""
+        if self._running is not None and timings.predicted_n >= _LEAST_TOKENS:
+            # What cannot be kept does not matter to an answer.
+            with suppress(DynrunError, OSError):
+                self.planner.learn(self._running.placement, timings.predicted_per_second)
 
     def _address(self) -> tuple[str, str]:
         if self.attached is not None:

@@ -19,12 +19,14 @@ from dynrun.cli.app import main
 from dynrun.errors import UsageError
 from dynrun.llamacpp.build import RECORD, installation
 from dynrun.llamacpp.server import CancelledError, ServerOutOfMemoryError
+from dynrun.runtime.calibration import calibration_of
 from dynrun.runtime.events import Answer, Event, Finished, Ready, Restarted, Retreated, Said, Starting
 from dynrun.runtime.history import Message, find_chat
 from dynrun.runtime.opening import Where, open_session
 from dynrun.runtime.placement import Wishes
 from dynrun.runtime.sampling import Sampling
 from dynrun.runtime.session import Session
+from dynrun.runtime.this_machine import this_machine
 from tests.tiny import write_tiny_llama
 
 pytestmark = pytest.mark.native
@@ -85,6 +87,12 @@ def test_a_conversation_is_read_on_from_where_it_was(model: Path) -> None:
         first = answer_of(opened, "the cat")
         second = answer_of(opened, "the cat", first.text, "and the dog")
     assert second.timings.cache_n > first.timings.prompt_n - 4
+
+
+def test_a_long_answer_teaches_the_planner(model: Path) -> None:
+    with session(model) as opened:
+        assert answer_of(opened, "the cat", sampling=Sampling(temperature=0.0, max_tokens=70)).timings.predicted_n == 70
+    assert set(calibration_of(this_machine(measure=False))) != set()
 
 
 def test_the_system_prompt_is_part_of_the_question(model: Path) -> None:
