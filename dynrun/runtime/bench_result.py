@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from dynrun.errors import DynrunError
 from dynrun.llamacpp.build import installation
 from dynrun.runtime.bench import Bench, Setup
-from dynrun.runtime.learning import learn
 from dynrun.runtime.machine import Machine
+from dynrun.runtime.opening import Where, planner_for
 
 
 def result_of(found: Bench, machine: Machine) -> dict[str, Any]:
@@ -41,4 +43,6 @@ def learn_from(setups: Sequence[Setup], found: Bench) -> None:
     for row in found.rows:
         setup = next(s for s in setups if (s.name, s.placement) == (row.model, row.placement))
         if setup.planned is not None and row.test.startswith("tg") and not row.noisy:
-            learn(setup.model, setup.planned, row.tokens_per_second)
+            # What cannot be kept does not matter to a bench; the devices of RPC servers are nobody's to predict.
+            with suppress(DynrunError, OSError):
+                planner_for(setup.model, Where()).learn(setup.planned, row.tokens_per_second)
