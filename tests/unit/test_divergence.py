@@ -28,6 +28,14 @@ def test_divergence_is_that_of_float64_however_small(noise: float, tolerance: fl
     assert divergence(reference, model).kld == pytest.approx(_by_definition(reference, model), rel=tolerance)
 
 
+@pytest.mark.parametrize("offset", [0, 25])
+def test_the_mean_is_exact_to_a_millionth_where_files_differ_much_and_logits_are_moved(offset: float) -> None:
+    reference, model = _logits(), _logits() + 1.2 * _logits(1, 1.0)
+    exact = _by_definition(reference, model).mean()
+    assert exact > 0.3
+    assert abs(divergence(reference, model + np.float32(offset)).kld.mean() - exact) < 1e-6
+
+
 def test_divergence_from_itself_is_zero() -> None:
     found = divergence(_logits(), _logits())
     assert found.kld.max() == 0

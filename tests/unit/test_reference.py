@@ -12,7 +12,7 @@ import pytest
 from dynrun.artifacts import StageFolder, stage_folder
 from dynrun.errors import DoesNotFitError, DynrunError
 from dynrun.scoring.divergence import divergence
-from dynrun.scoring.reference import ReferenceLogits, Scored, decode_logits, encode_logits, record_into
+from dynrun.scoring.reference import Coded, ReferenceLogits, Scored, decode_logits, encode_logits, record_into
 
 VOCAB = 2000
 PARTS = tuple(Scored(f"part {i}", tuple(range(9)), tuple(range(8))) for i in range(3))
@@ -45,9 +45,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageFolder:
 def test_codes_move_the_mean_divergence_by_less_than_a_millionth(noise: float) -> None:
     reference = _logits(300, 16_000)
     model = reference + (noise * np.random.default_rng(1).standard_normal(reference.shape)).astype(np.float32)
-    exact, coded = (
-        divergence(logits, model).kld.mean() for logits in (reference, decode_logits(encode_logits(reference)))
+    codes = encode_logits(reference)
+    exact, decoded, coded = (
+        divergence(logits, model).kld.mean() for logits in (reference, decode_logits(codes), Coded(codes))
     )
+    assert abs(decoded - exact) < 1e-6
     assert abs(coded - exact) < 1e-6
 
 
