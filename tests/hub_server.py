@@ -173,7 +173,7 @@ def let_all_go_wrong(hub: Hub, generator: random.Random) -> tuple[list[str], set
             return Fault(kind, after=generator.randrange(end - start), headers=(("Retry-After", "0"),))
 
     hub.fault = fault
-    hub.metadata_faults = [Fault(kind) for kind in generator.sample(["500", "503", "429", "stall"], 2)]
+    hub.metadata_faults = [Fault(kind) for kind in generator.sample(["500", "503", "429"], 2)]
     return faults, spoiled
 
 

@@ -14,6 +14,7 @@ from dynrun.errors import DoesNotFitError, NetworkError, NotFoundError
 from dynrun.hub import cache
 from dynrun.hub.errors import errors_for_people
 from dynrun.hub.files import RemoteFile, amount
+from dynrun.hub.http import CONNECT_S
 from dynrun.hub.part import Part, stale_parts
 from dynrun.hub.repository import fetch_repository
 from dynrun.hub.source import ChangedError
@@ -95,8 +96,9 @@ def _fetch_missing(
         missing = [file for file in by_etag.values() if not cache.has_blob(file)]
         if not missing:
             return
+        # One for all: access is the repository's, and ranges notice by themselves that a file is another one.
+        _ask(missing[0], settings)
         for file in missing:
-            _ask(file, settings)
             _drop_stale(file, say)
         parts = [Part(file, cache.blob_path(file)) for file in missing]
         counts.resumed += sum(part.resumed_bytes for part in parts)
@@ -124,7 +126,7 @@ def _ask(file: RemoteFile, settings: TransferSettings) -> None:
     for attempt in range(_METADATA_ATTEMPTS):
         try:
             with errors_for_people(file.repository):
-                found = get_hf_file_metadata(file.url, timeout=settings.stall_s)
+                found = get_hf_file_metadata(file.url, timeout=max(settings.stall_s, CONNECT_S))
             break
         except NetworkError:
             if attempt == _METADATA_ATTEMPTS - 1:

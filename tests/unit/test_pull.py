@@ -24,7 +24,7 @@ from tests.hub_server import SIGNATURE, Fault, Hub, digest, let_all_go_wrong, se
 
 SHARDS = [f"model-Q4_K_M-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
 # More attempts than any test here lets fail in a row.
-QUICK = TransferSettings(connections=4, stall_s=0.3, backoff_s=0.002, piece_bytes=128 << 10, attempts=20)
+QUICK = TransferSettings(connections=4, stall_s=0.2, backoff_s=0.002, piece_bytes=128 << 10, attempts=20)
 
 
 def noise(seed: int, n: int) -> bytes:
