@@ -40,8 +40,8 @@ _STEP = 0.06
 def plan(facts: ModelFacts, machine: Machine, wishes: Wishes) -> Placement:
     """The fastest placement that fits; where none does, the smallest, with the verdict "no" and the reason.
 
-    Without a wish for a context: the longest of four that costs at most a quarter of the speed. Raises UsageError for a
-    wish that makes no sense.
+    Without a wish for a context: the longest of four that costs at most a quarter of the speed, and sends no layer to
+    a slower memory. Raises UsageError for a wish that makes no sense.
     """
     check_cache_type(wishes.type_k)
     check_cache_type(wishes.type_v)
@@ -52,8 +52,9 @@ def plan(facts: ModelFacts, machine: Machine, wishes: Wishes) -> Placement:
     found = [_best(facts, machine, _base(wishes, n_ctx), wishes) for n_ctx in contexts]
     rank = max(_rank(placement) for placement in found)
     good = [placement for placement in found if _rank(placement) == rank]
-    fastest = max(placement.merit for placement in good)
-    return next(p for p in good if p.merit >= _WORTH * fastest)
+    fastest = max(good, key=lambda placement: placement.merit)
+    # A longer context that pushes layers out to RAM would slow prompts down by far more than text.
+    return next(p for p in good if p.merit >= _WORTH * fastest.merit and p.verdict == fastest.verdict)
 
 
 def placed(facts: ModelFacts, machine: Machine, choice: Choice) -> Placement:
@@ -254,7 +255,7 @@ def _judge(
     if lacking > pageable:
         return "no", f"needs {need / GIB:.1f} GiB of RAM, {free / GIB:.1f} GiB are free", 0.0
     if lacking:
-        reason = f"reads {lacking / GIB:.1f} GiB of weights from the disk again and again: RAM is too small for them"
+        reason = f"RAM is {lacking / GIB:.1f} GiB too small for the weights"
         return "disk", reason, lacking / max(books.weights[CPU], 1)
     in_ram = CPU in where.layer_on or bool(where.experts_in_ram)
     return ("ram" if not where.used else "gpu+ram" if in_ram else "gpu"), "", 0.0
