@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,10 +64,14 @@ def pull(
         return
     if dry_run:
         _plan(files, as_json=as_json)
-        return
-    pulled = _pull(name, files, revision, connections)
+    else:
+        _report(name, _pull(name, files, revision, connections), as_json=as_json)
+
+
+def _report(name: HubName, pulled: Pulled, *, as_json: bool) -> None:
     before = f", after {amount(pulled.resumed_bytes)} that were here already" if pulled.resumed_bytes else ""
-    say(f"{amount(pulled.fetched_bytes)} in {pulled.elapsed_s:.1f} s{before}; run it: dynrun run {name}")
+    say(f"{amount(pulled.fetched_bytes)} in {pulled.elapsed_s:.1f} s{before}")
+    say(f"run it: {shlex.join(['dynrun', 'run', str(name)])}")
     found = [(file.path, file.size_bytes, file.sha256) for file in pulled.files]
     data = _data(found, name, pulled.resumed_bytes, pulled.elapsed_s)
     emit(as_json, data, lambda: print(pulled.files[0].path))
@@ -144,13 +149,14 @@ def _pull(name: HubName, files: Sequence[RemoteFile], revision: str, connections
     from dynrun.cli.transfer_bars import transfer_bars
     from dynrun.hub.pull import pull
     from dynrun.hub.transfer import TransferSettings
+    from dynrun.hub.variants import companion_kind
 
     try:
         with transfer_bars() as bars:
             return pull(files, revision, settings=TransferSettings(connections), watch=bars, say=say)
     except KeyboardInterrupt:
-        kinds = {kind for file in files for kind in _WORTH if kind in file.name}
-        again = " ".join(["dynrun pull", str(name), *(f"--{kind}" for kind in sorted(kinds))])
+        kinds = sorted({companion_kind(file.path) for file in files} & _WORTH.keys())
+        again = shlex.join(["dynrun", "pull", str(name), *(f"--{kind}" for kind in kinds)])
         raise InterruptedPullError("interrupted; what came is kept", fix=f"go on with: {again}") from None
 
 
