@@ -34,6 +34,7 @@ class DynrunApp(App[int]):
     TITLE = "dynrun"
     CSS_PATH = "app.tcss"
     MODES: ClassVar[dict[str, Any]] = dict(modes())
+    DEFAULT_MODE = "models"
     COMMAND_PALETTE_BINDING = "ctrl+p"
     COMMANDS: ClassVar[set[Any]] = {Commands}
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]  # noqa: RUF012 (no ClassVar in Textual either)
@@ -67,7 +68,6 @@ class DynrunApp(App[int]):
 
     async def on_mount(self) -> None:
         self.theme_changed_signal.subscribe(self, lambda theme: remember_theme(theme.name))
-        await self.switch_mode("models")
         if self._first is not None:
             await self.on_visit(self._first)
 

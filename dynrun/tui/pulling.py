@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dynrun.errors import NotFoundError, UsageError
-from dynrun.hub.files import Variant
-from dynrun.hub.resolve import Found, HubName, find, parse_name
-from dynrun.hub.transfer import Progress
 from dynrun.tui.jobs import Job
 from dynrun.tui.messages import Frozen
 from dynrun.tui.words import size
 
 if TYPE_CHECKING:
+    from dynrun.hub.files import Variant
+    from dynrun.hub.resolve import Found, HubName
+    from dynrun.hub.search import Hit
+    from dynrun.hub.transfer import Progress
     from dynrun.models import Listed
 
 
@@ -28,9 +29,17 @@ class PullProgress(Frozen):
     progress: Progress
 
 
+def search_hub(words: str) -> list[Hit]:
+    """What the Hub finds. Raises what :func:`dynrun.hub.search.search` raises."""
+    from dynrun.hub.search import search
+
+    return search(words)
+
+
 def open_repository(name: str) -> tuple[Found, frozenset[str]]:
     """The repository's quants, and the paths of the files that are on this machine."""
     from dynrun.hub.cache import is_here
+    from dynrun.hub.resolve import find, parse_name
 
     found = find(parse_name(name), _first)
     return found, frozenset(file.path for file in found.repository.files if is_here(file))
@@ -46,6 +55,7 @@ def name_of(found: Found, variant: Variant) -> str:
 def pull(job: Job, model: str) -> None:
     """Bring ``model`` here, telling the room how far it is. Raises what :func:`dynrun.hub.pull.pull` raises."""
     from dynrun.hub.pull import pull as fetch
+    from dynrun.hub.resolve import find, parse_name
     from dynrun.hub.variants import choose
 
     found = find(parse_name(model), _nobody)
@@ -63,6 +73,7 @@ def discard(model: str) -> int:
     """Remove what has come of an unfinished download; the bytes that it frees."""
     from dynrun.hub.cache import repository_folder
     from dynrun.hub.part import NOTE_SUFFIX, SUFFIX
+    from dynrun.hub.resolve import parse_name
 
     name, freed = parse_name(model), 0
     for note in (repository_folder(name.repository) / "blobs").glob(f"*{NOTE_SUFFIX}"):
@@ -88,6 +99,7 @@ class Removal:
 def plan_deletion(model: Listed) -> Removal:
     """Of a made, built-in or pulled model. Raises NotFoundError where it is gone already."""
     from dynrun.hub.local import find_local, plan_removal
+    from dynrun.hub.resolve import parse_name
     from dynrun.models import kept
 
     own = kept(model.name)

@@ -14,6 +14,7 @@ from textual.widget import Widget
 
 from dynrun.tui.app import DynrunApp
 from dynrun.tui.messages import Visit
+from dynrun.tui.screens.room import RoomScreen
 from dynrun.tui.settings import TuiSettings
 
 AppPilot = Pilot[int]
@@ -26,7 +27,7 @@ async def running_app(
     """The app without a terminal, with its first room on the screen."""
     app = DynrunApp(visit, settings or TuiSettings())
     async with app.run_test(size=size, notifications=True) as pilot:
-        await wait_until(pilot, lambda: app.current_mode != "_default", "the first room")
+        await wait_until(pilot, lambda: isinstance(app.screen, RoomScreen), "the first room")
         yield pilot
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import on
 from textual.app import ComposeResult
@@ -12,8 +12,6 @@ from textual.containers import Container, Vertical
 from textual.dom import DOMNode
 from textual.widgets import ContentSwitcher, DataTable, Input
 
-from dynrun.hub.resolve import Found
-from dynrun.hub.search import Hit, search
 from dynrun.tui import catalog, pulling
 from dynrun.tui.jobs import running, start_job, stop_jobs
 from dynrun.tui.messages import JobDone, JobFailed, JobStopped, ModelsChanged, Visit
@@ -27,6 +25,10 @@ from dynrun.tui.widgets.model_details import ModelDetails
 from dynrun.tui.widgets.model_table import ModelTable
 from dynrun.tui.widgets.repository_details import RepositoryDetails
 from dynrun.tui.words import size
+
+if TYPE_CHECKING:
+    from dynrun.hub.resolve import Found
+    from dynrun.hub.search import Hit
 
 LISTING, DETAILS, SEARCH, REPOSITORY, PULL, DISCARD, DELETION, DELETE = (
     f"models.{name}" for name in ("list", "details", "search", "repository", "pull", "discard", "deletion", "delete")
@@ -79,7 +81,8 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
 
     def on_mount(self) -> None:
         self.query_one(ModelTable).focus()
-        self.action_refresh()
+        # Reading headers would delay the first screen.
+        self.call_after_refresh(self.action_refresh)
         for model in unfinished():
             self.query_one(Downloads).add(model, "paused")
 
@@ -163,7 +166,7 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
         if words := event.value.strip():
             self._show_lists("hits", "repository")
             self.query_one(RepositoryDetails).say(f"searching the Hub for {words} …")
-            start_job(self, lambda _: search(words), group=SEARCH, name=words, exclusive=True)
+            start_job(self, lambda _: pulling.search_hub(words), group=SEARCH, name=words, exclusive=True)
 
     @on(DataTable.RowSelected, "#hits")
     def _open_repository(self) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rich.text import Text
 from textual.binding import Binding, BindingType
 from textual.geometry import Size
 from textual.widget import Widget
 
-from dynrun.hub.transfer import Progress
 from dynrun.tui.messages import Frozen
 from dynrun.tui.widgets.fitted_table import shortened
 from dynrun.tui.words import duration, size
+
+if TYPE_CHECKING:
+    from dynrun.hub.transfer import Progress
 
 State = Literal["waiting", "running", "paused", "failed", "done"]
 # The rate is of the last so many reports, which come ten times a second.

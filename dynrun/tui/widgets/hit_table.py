@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from dynrun.hub.search import Hit
 from dynrun.tui.widgets.fitted_table import FittedTable, number
 from dynrun.tui.words import age, count
+
+if TYPE_CHECKING:
+    from dynrun.hub.search import Hit
 
 
 class HitTable(FittedTable):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.widgets import DataTable, Static
 
-from dynrun.hub.files import Variant
-from dynrun.hub.resolve import Found
 from dynrun.tui.words import size
+
+if TYPE_CHECKING:
+    from dynrun.hub.files import Variant
+    from dynrun.hub.resolve import Found
 
 
 class RepositoryDetails(Vertical):
