@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ import pytest
 
 from dynrun.cli.app import main
 from dynrun.cli.pull import InterruptedPullError
-from tests.commands import dynrun
+from tests.commands import ARGV, dynrun
 from tests.hub_server import Fault, Hub, digest, serving_here
 from tests.tiny import write_tiny_llama
 
@@ -213,3 +218,45 @@ def test_the_environment_rules(hub: Hub, tmp_path: Path) -> None:
     hub.requests.clear()
     assert dynrun("pull", f"{REPOSITORY}:Q4_K_M", env={**ours, "http_proxy": port, "no_proxy": ""}).exit_code == 3
     assert not hub.requests
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_on_a_terminal_it_asks_and_draws_within_80_columns(hub: Hub, tmp_path: Path, model: bytes) -> None:
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    argv = [*ARGV, "pull", REPOSITORY]
+    with subprocess.Popen(argv, env=env, stdin=slave, stdout=subprocess.PIPE, stderr=slave) as process:
+        os.close(slave)
+        os.write(master, b"2\ny\n")
+        assert process.stdout is not None
+        # It waits for its terminal to be read.
+        reader = threading.Thread(target=lambda: seen.append(_until_closed(master)))
+        seen: list[str] = []
+        reader.start()
+        path = process.stdout.read().decode().strip()
+    reader.join()
+    os.close(master)
+    assert process.returncode == 0
+    assert Path(path).read_bytes() in (model, model + b"\0")
+    (text,) = seen
+    assert f"{REPOSITORY} has several; which one?" in text
+    assert "mmproj-F16.gguf (0.0 MB) lets the model see images; download it too? [Y/n]" in text
+    bars = [line for line in re.split(r"[\r\n]|\x1b\[1A|\x1b\[2K", re.sub(r"\x1b\[[\d;]*m", "", text)) if "%" in line]
+    assert any(line.startswith("all ") and "100%" in line for line in bars), text
+    assert max(len(line.rstrip()) for line in bars) <= 80
+    assert len(list(Path(path).parent.parent.rglob("mmproj-F16.gguf"))) == 1
+
+
+def _until_closed(terminal: int) -> str:
+    found = b""
+    # Linux says so by an error.
+    with suppress(OSError):
+        while chunk := os.read(terminal, 1 << 16):
+            found += chunk
+    return found.decode()
