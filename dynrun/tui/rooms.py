@@ -36,6 +36,7 @@ ROOMS = (
     Room("models", "Models", "f2", "models:ModelsScreen", "find, download and look at models"),
     Room("plan", "Plan", "f3", "plan:PlanScreen", "see what fits on this machine and how fast it will be"),
     Room("chat", "Chat", "f4", "chat:ChatScreen", "talk to a model"),
+    Room("make", "Make", "f5", "make:MakeScreen", "make the best quant of a size, and prove it"),
     Room("bench", "Bench", "f6", "bench:BenchScreen", "measure tokens per second"),
 )
 BY_MODE = {room.mode: room for room in ROOMS}

@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-_LONGEST_S = 180.0
+_LONGEST_S, _LONGEST_NATIVE_S = 180.0, 900.0
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -18,5 +18,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     # Those of its fixtures that it names.
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     # A message that nobody handles would otherwise be waited for until the whole run's limit.
-    asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), _LONGEST_S))
+    longest_s = _LONGEST_NATIVE_S if pyfuncitem.get_closest_marker("native") else _LONGEST_S
+    asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), longest_s))
     return True
