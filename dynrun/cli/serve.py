@@ -54,6 +54,8 @@ def serve(
     found = {model: resolve(model).path for model in models}
     if len(found) < len(models):
         raise UsageError("a model is named twice", fix="name each once")
+    if len(found) > 1 and (settings.mmproj or settings.chat_template):
+        raise UsageError("--mmproj and --chat-template are of one model", fix="serve that one alone")
     with crashes_told(), _until_stopped() as stopped:
         if len(found) == 1:
             ((name, path),) = found.items()

@@ -118,6 +118,9 @@ def test_a_model_is_served_once(tmp_path: Path, capsys: pytest.CaptureFixture[st
     path = write_tiny_llama(tmp_path / "tiny.gguf")
     assert main(["serve", str(path), str(path)]) == 2
     assert "named twice" in capsys.readouterr().err
+    other = write_tiny_llama(tmp_path / "other.gguf")
+    assert main(["serve", str(path), str(other), "--mmproj", str(other)]) == 2
+    assert "of one model" in capsys.readouterr().err
 
 
 def test_run_of_a_missing_file_ends_with_exit_code_4(stdin: Stdin, capsys: pytest.CaptureFixture[str]) -> None:
