@@ -51,11 +51,8 @@ def serve(
     from dynrun.runtime.serving import listen_at
 
     listen = listen_at(host, port, api_key_file)
+    _check(models, settings)
     found = {model: resolve(model).path for model in models}
-    if len(found) < len(models):
-        raise UsageError("a model is named twice", fix="name each once")
-    if len(found) > 1 and (settings.mmproj or settings.chat_template):
-        raise UsageError("--mmproj and --chat-template are of one model", fix="serve that one alone")
     with crashes_told(), _until_stopped() as stopped:
         if len(found) == 1:
             ((name, path),) = found.items()
@@ -66,6 +63,13 @@ def serve(
             narrate(event, ", ".join(found))
             _announce(event, list(found), listen, as_json)
     say("the server has ended")
+
+
+def _check(models: list[str], settings: Running) -> None:
+    if len(set(models)) < len(models):
+        raise UsageError("a model is named twice", fix="name each once")
+    if len(models) > 1 and (settings.mmproj or settings.chat_template):
+        raise UsageError("--mmproj and --chat-template are of one model", fix="serve that one alone")
 
 
 def _one(name: str, path: Path, settings: Running, listen: Listen, parallel: int, stopped: Flag) -> Iterator[Event]:
