@@ -38,7 +38,7 @@ def explain(done: Completed, source: Source) -> DynrunError:
         return DoesNotFitError(
             f"the memory was too small to convert {source.folder}", fix="close programs", log=done.log
         )
-    if "DYNRUN-REFUSED-CODE" in text:
+    if "DYNRUN-REFUSED-CODE" in text or "`trust_remote_code=True`" in text:
         return UsageError(
             f"{source.folder} cannot be converted without running the model's own code; nothing of it was run",
             fix="--trust-remote-code runs it",

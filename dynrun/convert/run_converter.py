@@ -25,11 +25,23 @@ def refuse_code() -> None:
         setattr(dynamic_module_utils, name, refused)
 
 
+def trust_code() -> None:
+    """Have transformers run a model's own where a converter does not ask for it: somebody has decided."""
+    from transformers import dynamic_module_utils
+
+    resolve = dynamic_module_utils.resolve_trust_remote_code
+
+    def trusting(_: Any, *arguments: Any, **others: Any) -> Any:
+        return resolve(True, *arguments, **others)
+
+    # The auto classes are imported later, and take this one.
+    dynamic_module_utils.resolve_trust_remote_code = trusting
+
+
 def main() -> None:
     vendor, policy, *arguments = sys.argv[1:]
     sys.path.insert(0, vendor)
-    if policy != "trust":
-        refuse_code()
+    trust_code() if policy == "trust" else refuse_code()
     sys.argv = [str(Path(vendor) / "convert_hf_to_gguf.py"), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -128,7 +128,7 @@ def with_code(folder: Path, canary: Path) -> Path:
 def own_code(tiny: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "own"
     folder.mkdir()
-    for path in (tiny / "llama").iterdir():
+    for path in (tiny / "qwen2").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     return with_code(folder, tmp_path / "canary")
 
@@ -151,18 +151,20 @@ def test_the_models_own_code_runs_only_where_it_is_trusted(own_code: Path, tmp_p
 
 
 def test_transformers_itself_is_kept_from_the_models_code(own_code: Path, tmp_path: Path) -> None:
-    """The second wall: the converter on the folder as it is, which nobody has looked at."""
+    """The second wall, for converters that ask for such code: a folder that nobody has looked at."""
     environment = users_environment()
-    home = tmp_path / "home"
-    home.mkdir()
     script = repository_root() / "dynrun" / "convert" / "run_converter.py"
-    vendor = repository_root() / "vendor" / "llama.cpp"
-    argv = environment.command(script, vendor, "refuse", "--outfile", tmp_path / "out.gguf", own_code)
-    variables = environment.variables(home)
-    done = subprocess.run(list(map(str, argv)), env=variables, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "DYNRUN-REFUSED-CODE" in done.stderr
-    assert not (tmp_path / "canary").exists()
+    code = (
+        f"import runpy; runpy.run_path({str(script)!r})[%r]()\n"
+        "from transformers import AutoTokenizer\n"
+        f"AutoTokenizer.from_pretrained({str(own_code)!r}, trust_remote_code=True)\n"
+    )
+    for wall, ran in (("refuse_code", False), ("trust_code", True)):
+        argv = [str(environment.python), "-P", "-s", "-c", code % wall]
+        variables = environment.variables(tmp_path)
+        done = subprocess.run(argv, env=variables, capture_output=True, text=True, check=False)
+        assert ("DYNRUN-REFUSED-CODE" in done.stderr) is not ran
+        assert (tmp_path / "canary").exists() is ran
 
 
 def test_an_unknown_architecture_and_a_missing_tokenizer_are_told_in_the_converters_words(tmp_path: Path) -> None:
