@@ -11,6 +11,7 @@ from threading import Event, Timer
 
 import pytest
 
+from dynrun.cli.app import main
 from dynrun.errors import DynrunError, NotFoundError
 from dynrun.llamacpp.build import RECORD, installation
 from dynrun.llamacpp.server import CancelledError, Listen, LlamaServer, Server, ServerDiedError, ServerOutOfMemoryError
@@ -247,3 +248,16 @@ def test_a_chat_template_that_is_no_file_is_refused_before_the_start(model: Path
 
 def test_every_server_has_a_key_of_its_own(model: Path) -> None:
     assert Server(model, n_threads=1).api_key != Server(model, n_threads=1).api_key
+
+
+def test_run_shows_the_last_lines_of_a_server_that_died(
+    llama_server: FakeServer, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    llama_server("echo 'loading tensors'; echo 'error: the moon is full' >&2; exit 7")
+    assert main(["run", str(model), "-p", "x"]) == 1
+    err = capsys.readouterr().err
+    assert "  | error: the moon is full" in err
+    *_, last = err.splitlines()
+    assert last.startswith("dynrun: llama-server with tiny.gguf died: it ended with exit code 7: error: the moon")
+    assert "see its log" in last
