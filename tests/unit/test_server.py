@@ -259,5 +259,5 @@ def test_run_shows_the_last_lines_of_a_server_that_died(
     err = capsys.readouterr().err
     assert "  | error: the moon is full" in err
     *_, last = err.splitlines()
-    assert last.startswith("dynrun: llama-server with tiny.gguf died: it ended with exit code 7: error: the moon")
+    assert last.startswith("dynrun: llama-server with tiny.gguf died: it ended with exit code 7: the moon")
     assert "see its log" in last
