@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +17,7 @@ from dynrun.gguf.header import read_header
 from dynrun.gguf.quantizable import quantizable
 from dynrun.llamacpp import tools
 from dynrun.report.folder import read_report
-from dynrun.scheme import read_scheme
+from dynrun.scheme import Scheme, read_scheme
 from tests.commands import ARGV, dynrun
 from tests.tiny import write_tiny_llama
 
@@ -28,6 +29,18 @@ EVAL = ("--eval-tokens", "1024")
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     return write_tiny_llama(tmp_path / "tiny.gguf", n_block=2, n_vocab=512)
+
+
+def check_report(out: Path, made: Any, scheme: Scheme, command: str) -> None:
+    """The report beside the file says what `--json` said."""
+    report = read_report(out.with_suffix(".report"))
+    assert report.files[0].kld.mean == made["kld"]["mean"]
+    assert [file.kind for file in report.files] == ["dynrun", "stock"]
+    assert report.files[0].types == dict(scheme.types)
+    assert set(report.slopes) == set(scheme.slopes)
+    assert report.versus[0].ratio.value == made["kld_ratio"]
+    assert len(report.files[0].domains) > 1
+    assert report.commands == (command,)
 
 
 def test_make_gives_a_file_of_the_presets_size_that_stands_closer_to_the_reference(
@@ -58,15 +71,9 @@ def test_make_gives_a_file_of_the_presets_size_that_stands_closer_to_the_referen
     assert re.fullmatch("[0-9a-f]{64}", header.metadata["dynrun.scheme.sha256"])
     assert "/" not in header.metadata["quantize.imatrix.file"]
     assert tools.complete(out, "The capital of France is", n_predict=8, n_threads=2).strip()
-    report = read_report(out.with_suffix(".report"))
-    assert report.files[0].kld.mean == made["kld"]["mean"]
-    assert [file.kind for file in report.files] == ["dynrun", "stock"]
-    assert report.files[0].types == dict(scheme.types)
-    assert set(report.slopes) == set(scheme.slopes)
-    assert report.versus[0].ratio.value == made["kld_ratio"]
-    assert len(report.files[0].domains) > 1
-    name = Path(demo_model).name
-    assert report.commands == (f"dynrun make {name} --quant Q3_K_M --out demo.gguf {' '.join(settings)}",)
+    check_report(
+        out, made, scheme, f"dynrun make {demo_model.name} --quant Q3_K_M --out demo.gguf {' '.join(settings)}"
+    )
     page = Path(made["report"]).read_bytes()
     assert str(tmp_path).encode() not in page + Path(made["card"]).read_bytes()
     cached = dynrun("make", demo_model, "--quant", "Q3_K_M", "--out", out, *settings, "--json").json
