@@ -76,8 +76,9 @@ def peak(path: Path, found: Placement, *more: str) -> int:
     """Bytes of llama-server's largest resident set."""
     options = ["-m", path, *found.argv, *more, "-t", str(load_config().n_threads), "--no-cache-idle-slots"]
     with LlamaServer(options, name=path.name) as server, server.client() as client:
-        words = "The quick brown fox jumps over the lazy dog. " * (N_UBATCH // 8)
-        asked = {"prompt": words, "n_predict": N_PREDICT, "temperature": 0}
+        # Token numbers: how long a text becomes depends on the vocabulary.
+        tokens = [token % 256 for token in range(N_UBATCH + 64)]
+        asked = {"prompt": tokens, "n_predict": N_PREDICT, "temperature": 0}
         client.post("/completion", json=asked, timeout=1200).raise_for_status()
         status = Path(f"/proc/{server.pid}/status").read_text(encoding="utf-8")
     match = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)

@@ -88,7 +88,9 @@ def ledger(facts: ModelFacts, choice: Choice, found: Residence, discrete: bool) 
         weights[here] = weights.get(here, 0) + layer.dense_bytes
         weights[there] = weights.get(there, 0) + layer.expert_bytes
         caches[here] = caches.get(here, 0) + cache_bytes(layer.cache, choice)
-    output = facts.output_bytes - (facts.output_copy_bytes if found.output_on == CPU else 0)
+    # Tied embeddings are stored once only where the table and the output are in the same order in the same memory.
+    once = found.output_on == CPU and choice.load_mode != "read"
+    output = facts.output_bytes - (facts.output_copy_bytes if once else 0)
     weights[found.output_on] = weights.get(found.output_on, 0) + output
     images = mmproj_bytes(choice.mmproj_bytes)
     first = min(found.used, default=CPU) if choice.mmproj_on_gpu else CPU

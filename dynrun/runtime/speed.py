@@ -1,7 +1,7 @@
 """Predicted tokens per second: the bytes that one token reads from each memory, over that memory's bandwidth.
 
 Takes facts, a residence and a machine; gives seconds. Text generation is bound by memory; what is not (a CPU with few
-cores, launches of kernels) is in three constants, and in the calibration of this machine's own measurements.
+cores, launches of kernels) is in a few constants, and in the calibration of this machine's own measurements.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from dynrun.runtime.residence import CPU, Residence, residence
 _DEVICE_SHARE, _CPU_SHARE = 0.70, 0.85
 # A core unpacks so many bytes of weights a second: k-quants; types with codebooks and ternary ones.
 _CORE_BYTES_PER_S, _CORE_CODEBOOK_BYTES_PER_S = 6e9, 2.5e9
+# Weights in the file's order, where the CPU has kernels for another one.
+_PLAIN_SHARE = 0.8
 DEPTH = 4096
 # Launches of a layer's kernels on a device; handing activations over from one device, or the CPU, to another.
 _LAYER_S, _HANDOVER_S = 12e-6, 30e-6
@@ -97,7 +99,8 @@ def _seconds(
         if device != CPU:
             on_devices += nbytes / (devices[device].bytes_per_s * _DEVICE_SHARE)
     on_devices += _LAYER_S * sum(place != CPU for place in where.layer_on) + _HANDOVER_S * _handovers(where)
-    return read[CPU] / _cpu_bytes_per_s(facts, machine), on_devices
+    plain = _PLAIN_SHARE if choice.load_mode == "mmap-plain" else 1.0
+    return read[CPU] / (_cpu_bytes_per_s(facts, machine) * plain), on_devices
 
 
 def _cpu_bytes_per_s(facts: ModelFacts, machine: Machine) -> float:

@@ -148,6 +148,8 @@ class TestFamilies:
         found = plan(facts("gemma-3-27b Q4_K_M"), machine, Wishes())
         assert found.argv[found.argv.index("-lm") + 1] == "none"
         assert found.pageable_bytes == 0
+        mapped = placed(facts("gemma-3-27b Q4_K_M"), machine, replace(found.choice, load_mode="mmap"))
+        assert found.weight_bytes - mapped.weight_bytes == facts("gemma-3-27b Q4_K_M").output_copy_bytes
         larger = plan(facts("deepseek-v3 Q4_K_M"), machine, Wishes())
         assert larger.verdict == "disk"
         assert "-nr" in larger.argv
