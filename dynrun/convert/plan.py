@@ -6,6 +6,7 @@ Takes a :class:`Source`, reads its tokenizer once more for its size; converts no
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -17,13 +18,15 @@ from dynrun.convert.folder import Source
 from dynrun.convert.stored import StoredTensor
 from dynrun.errors import DoesNotFitError
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 # Stored in another form, weights are unpacked to BF16, which has the range of all of them.
 _OUT_TYPES = {"F16": "f16", "BF16": "bf16", "F32": "f32", "F64": "f32"}
 _ELEMENT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
-# The converter with its packages and no tensor, measured (benchmarks/convert.py).
-_BASE_BYTES = 560_000_000
-# The largest tensor as it is mapped, as float32, and as it is written, with numpy's copy between them.
-_COPIES_F32 = 2.0
+# Measured (benchmarks/convert.py), on Linux with torch for the CPU: the converter with its packages and no tensor, and
+# bytes for each element of the largest tensor that it writes. F16 and F32 are written as they are mapped; BF16 goes
+# through float32.
+_BASE_BYTES = 415_000_000
+_WORKING_BYTES = {"f16": 1.85, "f32": 3.7, "bf16": 7.5}
 # A key, a type and a length for each entry, and the fixed keys.
 _METADATA_BYTES = 6_000
 
@@ -48,9 +51,16 @@ def plan_conversion(source: Source) -> ConversionPlan:
     packed = packed_elements(source.config)
     size = sum(_result_bytes(tensor, out_type, packed) for tensor in source.tensors.values())
     size += _METADATA_BYTES + _tokenizer_bytes(source.files)
-    largest = max(source.tensors.values(), key=lambda tensor: tensor.n_elements)
-    working = largest.nbytes + 4 * largest.n_elements * _COPIES_F32 + largest.n_elements * _ELEMENT_BYTES[out_type]
+    working = _largest(source.tensors) * _WORKING_BYTES[out_type]
     return ConversionPlan(out_type, size, int(_BASE_BYTES + working))
+
+
+def _largest(tensors: Mapping[str, StoredTensor]) -> int:
+    """Elements of the largest tensor that will be written: the experts of a layer are stacked."""
+    stacked: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        stacked[_EXPERT.sub(".experts.", name)] += tensor.n_elements
+    return max(stacked.values(), default=0)
 
 
 def out_type_of(tensors: Mapping[str, StoredTensor]) -> str:
