@@ -46,7 +46,7 @@ class DynrunApp(App[int]):
             for room in ROOMS
         ),
         Binding("f1,question_mark", "help", "Help", key_display="?", id="app.help"),
-        Binding("ctrl+o", "jump", "Jump", id="app.jump", tooltip="Go to any part of the screen by a letter"),
+        Binding("ctrl+o", "jump", "Jump", show=False, id="app.jump"),
         Binding("ctrl+p", "command_palette", "Palette", show=False, priority=True, id="app.palette"),
         Binding("f9", "toggle_dark", "Dark or light", show=False, id="app.theme"),
         Binding("ctrl+c", "copy_or_stop", "Copy or stop", show=False, priority=True, id="app.copy"),

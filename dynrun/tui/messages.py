@@ -31,7 +31,8 @@ class Visit(Frozen):
     """Somebody wants another room, to do something with a model there.
 
     ``mode``: models, plan, chat, make or bench. ``model``: MODEL as every command takes it; empty: just go there.
-    ``placement``: as planned, for chat and bench. ``path``: a file to attach, to use as reference.
+    ``placement``: as planned, for chat and bench. ``path``: for plan and bench the model's file, where it is known; for
+    chat a file to attach.
     """
 
     mode: str

@@ -77,7 +77,7 @@ cursor: a difference counts only beyond the noise of both. Benches of `auto` tea
             yield HistoryTable(id="history")
 
     def on_mount(self) -> None:
-        self.query_one(HistoryTable).focus()
+        self.set_focus(self.query_one(HistoryTable))
         start_job(self, lambda _: kept(), group=HISTORY, exclusive=True)
 
     async def visit(self, visit: Visit) -> None:
@@ -173,14 +173,14 @@ cursor: a difference counts only beyond the noise of both. Benches of `auto` tea
         self._say(f"before: the bench of {when(before)}; after: that of {when(self._result)}")
 
     def action_edit(self) -> None:
-        self.query_one("#models", Input).focus()
+        self.set_focus(self.query_one("#models", Input))
 
     def action_leave_field(self) -> None:
-        self.query_one(HistoryTable).focus()
+        self.set_focus(self.query_one(HistoryTable))
 
     @on(Input.Submitted)
     def _submitted(self) -> None:
-        self.query_one(HistoryTable).focus()
+        self.set_focus(self.query_one(HistoryTable))
         self.action_start()
 
 

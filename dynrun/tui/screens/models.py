@@ -52,7 +52,8 @@ its quants, `d` downloads the one under the cursor, `p` plans all of them before
 while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash they are there again, paused.
 """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("slash", "search", "Search", id="models.search"),
+        # With priority, or letters that are typed at once would go to the list.
+        Binding("slash", "search", "Search", priority=True, id="models.search"),
         Binding("c", "visit('chat')", "Chat", id="models.chat"),
         Binding("p", "plan", "Plan", id="models.plan"),
         Binding("m", "visit('make')", "Make", id="models.make"),
@@ -80,7 +81,7 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
             yield Downloads(id="downloads")
 
     def on_mount(self) -> None:
-        self.query_one(ModelTable).focus()
+        self.set_focus(self.query_one(ModelTable))
         # Reading headers would delay the first screen.
         self.call_after_refresh(self.action_refresh)
         for model in unfinished():
@@ -107,11 +108,12 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
 
     @on(DataTable.RowSelected, "#local")
     def _enter_model(self) -> None:
-        self.query_one(ModelDetails).query_one("Tabs").focus()
+        self.set_focus(self.query_one(ModelDetails).query_one("Tabs"))
 
     def action_visit(self, mode: str) -> None:
         if model := self.query_one(ModelTable).chosen:
-            self.post_message(Visit(mode, model.listed.name, path=model.listed.path))
+            here = model.listed.path if mode in ("plan", "bench") and model.listed.size_bytes else None
+            self.post_message(Visit(mode, model.listed.name, path=here))
 
     def action_plan(self) -> None:
         if self._on_hub:
@@ -146,16 +148,16 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
         return found.repository.name if found else self.query_one(HitTable).chosen
 
     def action_search(self) -> None:
-        self.query_one("#search", Input).focus()
+        self.set_focus(self.query_one("#search", Input))
 
     def action_back(self) -> None:
         """From the quants to the hits, from the hits to this machine."""
         if self.focused is self.query_one("#quants"):
-            self.query_one(HitTable).focus()
+            self.set_focus(self.query_one(HitTable))
         else:
             self._show_lists("local", "details")
             self.query_one("#search", Input).value = ""
-            self.query_one(ModelTable).focus()
+            self.set_focus(self.query_one(ModelTable))
 
     @on(Input.Changed, "#search")
     def _filter(self, event: Input.Changed) -> None:
@@ -262,7 +264,7 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
 
     def _show_repository(self, found: Found, here: frozenset[str]) -> None:
         self.query_one(RepositoryDetails).show(found, here)
-        self.query_one("#quants").focus()
+        self.set_focus(self.query_one("#quants"))
         self.refresh_bindings()
 
     def _deleted(self, freed: str) -> None:
@@ -272,7 +274,7 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
     def _show_hits(self, words: str, hits: list[Hit]) -> None:
         table = self.query_one(HitTable)
         table.show(hits)
-        table.focus()
+        self.set_focus(table)
         hint = "Enter on one shows its quants" if hits else f"the Hub finds no GGUF for {words}"
         self.query_one(RepositoryDetails).say(hint)
 
@@ -308,7 +310,8 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
         """Keys that do nothing with what is under the cursor are not shown."""
         if not self.is_mounted:
             return True
-        # The other rooms take what is on this machine.
+        if action == "search":
+            return not isinstance(self.focused, Input)
         if action in ("visit", "delete"):
             return not self._on_hub
         if action == "pull":

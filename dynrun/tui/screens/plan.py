@@ -134,7 +134,7 @@ placement, `b` measures it, `y` copies the llama-server command, `d` downloads t
         machine = f" on {self._machine_file.stem}" if self._machine_file else ""
         self.query_one("#title", Static).update(f"{message.title}{machine}{note}")
         self.query_one(QuantTable).show(message.quants)
-        self.query_one(QuantTable).focus()
+        self.set_focus(self.query_one(QuantTable))
 
     def on_quant_planned(self, message: QuantPlanned) -> None:
         table = self.query_one(QuantTable)
@@ -182,7 +182,7 @@ placement, `b` measures it, `y` copies the llama-server command, `d` downloads t
     @on(DataTable.RowSelected, "#quants")
     def _to_sliders(self) -> None:
         if self.query_one("#placed").display:
-            self.query_one("#n_ctx").focus()
+            self.set_focus(self.query_one("#n_ctx"))
 
     @on(Slider.Changed)
     def _moved(self, message: Slider.Changed) -> None:
@@ -248,7 +248,8 @@ placement, `b` measures it, `y` copies the llama-server command, `d` downloads t
         if self._machine_file is not None:
             self.notify("this is planned for another machine", severity="warning")
         elif quant.path is not None:
-            self.post_message(Visit(mode, quant.model, placement=self._shown.placement, path=quant.path))
+            path = quant.path if mode == "bench" else None
+            self.post_message(Visit(mode, quant.model, placement=self._shown.placement, path=path))
 
     def action_download(self) -> None:
         if (quant := self.quant) is not None and quant.path is None:

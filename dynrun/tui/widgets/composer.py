@@ -36,6 +36,12 @@ class Composer(TextArea):
 
         attachment: Attachment
 
+    @dataclass(eq=False)
+    class Turn(Frozen, bubble=False):
+        """All that was typed before Enter is here now; ``newline``: of Shift+Enter."""
+
+        newline: bool
+
     class Emptied(TextualMessage):
         """Backspace where there is no text."""
 
@@ -46,11 +52,19 @@ class Composer(TextArea):
         super().__init__(id="composer", soft_wrap=True, show_line_numbers=False, tab_behavior="focus")
         self.placeholder = "Ask something. Enter sends, Shift+Enter or Ctrl+J makes a new line."
 
+    # Bindings with priority run before letters that were typed earlier have come here: both wait for their turn.
+
     def action_send(self) -> None:
-        self.post_message(self.Sent(self.text))
+        self.post_message(self.Turn(newline=False))
 
     def action_newline(self) -> None:
-        self.insert("\n")
+        self.post_message(self.Turn(newline=True))
+
+    def on_composer_turn(self, message: Turn) -> None:
+        if message.newline:
+            self.insert("\n")
+        else:
+            self.post_message(self.Sent(self.text))
 
     async def _on_paste(self, event: events.Paste) -> None:
         # What is short is TextArea's own handler's, which Textual calls next.
