@@ -64,13 +64,14 @@ def convert(
     emit(as_json, data, lambda: _show(converted, agreement, out or converted.path))
 
 
-def prepare(model: str, trust_remote_code: bool | None, *, check: bool) -> None:
-    """Convert ``model`` for `make`, where it is a folder of safetensors or a repository of them: it is found then.
+def prepare(model: str, trust_remote_code: bool | None, *, check: bool, n_files: int = 1) -> None:
+    """Convert ``model`` for `make` of ``n_files``, where it is safetensors: it is found then.
 
     Raises UsageError where the wishes are for what is no such thing.
     """
     from dynrun.convert.fetch import model_folder
-    from dynrun.convert.folder import is_model_folder
+    from dynrun.convert.folder import is_model_folder, read_folder
+    from dynrun.convert.plan import following_bytes
     from dynrun.convert.stage import Wishes
     from dynrun.convert.stage import convert as convert_model
 
@@ -81,7 +82,9 @@ def prepare(model: str, trust_remote_code: bool | None, *, check: bool) -> None:
             return
         if path.exists() or "/" not in model:
             raise UsageError(f"{model} is not converted", fix="--check and --trust-remote-code are for safetensors")
-    converted = convert_model(model_folder(model, say), Wishes(trust_remote_code), say, Ticker("  convert"))
+    source = model_folder(model, say)
+    wishes, more = Wishes(trust_remote_code), following_bytes(read_folder(source), n_files)
+    converted = convert_model(source, wishes, say, Ticker("  convert"), more_bytes=more)
     for finding in converted.findings:
         say(f"note: {finding}")
     if check:

@@ -65,7 +65,7 @@ def make(
     settings = options.choosing(settings, probes, options.search(candidates, rounds), no_feedback)
     settings = replace(settings, eval_tokens=eval_tokens)
     labels, shard_bytes = quants(quant), max_bytes(split_max_size)
-    prepare(model, trust_remote_code, check=check)
+    prepare(model, trust_remote_code, check=check, n_files=max(1, len(labels)))
     if len(labels) > 1:
         check_alone(bpw, size, scheme)
         run_batch(model, labels, settings, out, shard_bytes, dry_run=dry_run, as_json=as_json)

@@ -27,6 +27,10 @@ _ELEMENT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 # through float32.
 _BASE_BYTES = 415_000_000
 _WORKING_BYTES = {"f16": 1.85, "f32": 3.7, "bf16": 7.5}
+# The matrices that end an attention or a feed-forward: their input is their own.
+_LAST = re.compile(r"o_proj|down_proj|out_proj|c_proj|dense|wo|w2")
+# Of the reference: a file and its preset at up to half of it each, and as much again of tensors in several types.
+_FILE_SHARE = 1.5
 # A key, a type and a length for each entry, and the fixed keys.
 _METADATA_BYTES = 6_000
 
@@ -53,6 +57,20 @@ def plan_conversion(source: Source) -> ConversionPlan:
     size += _METADATA_BYTES + _tokenizer_bytes(source.files)
     working = _largest(source.tensors) * _WORKING_BYTES[out_type]
     return ConversionPlan(out_type, size, int(_BASE_BYTES + working))
+
+
+def following_bytes(source: Source, n_files: int) -> int:
+    """About what `make` writes after the reference: covariances, and for each file itself, its stock preset and the
+    tensors rounded for it."""
+    inputs: dict[tuple[str, int, bool], int] = {}
+    for name, tensor in source.tensors.items():
+        parent, _, kind = name.removesuffix(".weight").rpartition(".")
+        if len(tensor.shape) == 2 and "." in parent:
+            # What reads one input shares its covariance, a float32 triangle: q, k and v; gate and up.
+            width, last = tensor.shape[1], bool(_LAST.match(kind))
+            inputs[parent, width, last] = 2 * width * width
+    reference = plan_conversion(source).result_bytes
+    return sum(inputs.values()) + int(n_files * _FILE_SHARE * reference)
 
 
 def _largest(tensors: Mapping[str, StoredTensor]) -> int:

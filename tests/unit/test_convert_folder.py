@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dynrun.convert.folder import INDEX, is_model_folder, read_folder, wanted_of
-from dynrun.convert.plan import out_type_of, plan_conversion
+from dynrun.convert.plan import following_bytes, out_type_of, plan_conversion
 from dynrun.convert.stage import Wishes, check_code, known_conversion
 from dynrun.errors import DoesNotFitError, DynrunError, NotFoundError, UsageError
 from tests.safetensors_files import LLAMA_CONFIG, llama_shapes, write_index, write_llama_folder, write_safetensors
@@ -204,6 +204,14 @@ def test_the_result_has_the_precision_of_the_source(tmp_path: Path, dtype: str, 
     plan = plan_conversion(source)
     n = sum(tensor.n_elements for tensor in source.tensors.values())
     assert plan.result_bytes > n * (4 if wanted == "f32" else 2)
+
+
+def test_what_make_writes_afterwards_is_counted(tmp_path: Path) -> None:
+    source = read_folder(write_llama_folder(tmp_path / "m"))
+    # Of each of two layers: the inputs of q, k and v; of o; of gate and up (64 wide each); of down (128 wide).
+    covariances = 2 * 2 * (3 * 64**2 + 128**2)
+    reference = plan_conversion(source).result_bytes
+    assert following_bytes(source, 2) == covariances + 3 * reference
 
 
 def test_too_small_a_disk_is_told_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
