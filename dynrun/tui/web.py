@@ -13,7 +13,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from dynrun.errors import DynrunError, UsageError
+from dynrun.errors import DynrunError
 
 if TYPE_CHECKING:
     from aiohttp.web import Application, Request, StreamResponse
@@ -25,33 +25,27 @@ _COOKIE = "dynrun"
 def serve(port: int, arguments: tuple[str, ...], say: Callable[[str], None]) -> None:
     """Serve until Ctrl+C; ``port`` 0: any free one. Each page that is opened is an app of its own.
 
-    Raises UsageError where textual-serve is not installed, DynrunError where the port is taken.
+    Raises DynrunError where the port is taken.
     """
-    try:
-        from textual_serve.server import Server
-    except ImportError as error:
-        fix = f"install it: {sys.executable} -m pip install textual-serve"
-        raise UsageError("the app in a browser needs textual-serve", fix=fix) from error
+    from textual_serve.server import Server
 
     port = _free_port(port)
     secret = secrets.token_urlsafe(24)
+
+    class Closed(Server):
+        async def _make_app(self) -> Application:
+            app: Application = await super()._make_app()
+            app.middlewares.append(guard(secret, port))
+            return app
+
+        async def on_startup(self, app: Application) -> None:
+            say(f"open http://{HOST}:{port}/?secret={secret}\nCtrl+C ends it")
+
+        def initialize_logging(self) -> None:
+            """Its own would print every request, and with it the secret."""
+
     command = shlex.join([sys.executable, "-m", "dynrun.cli.app", "tui", *arguments])
-
-    server = Server(command, host=HOST, port=port, title="dynrun")
-    make_app = server._make_app
-
-    async def closed_app() -> Application:
-        app: Application = await make_app()
-        app.middlewares.append(guard(secret, port))
-        return app
-
-    async def tell(_: Application) -> None:
-        say(f"open http://{HOST}:{port}/?secret={secret}\nCtrl+C ends it")
-
-    server._make_app, server.on_startup = closed_app, tell
-    # Its own would print every request, and with it the secret.
-    server.initialize_logging = lambda: None
-    server.serve()
+    Closed(command, host=HOST, port=port, title="dynrun").serve()
 
 
 def guard(secret: str, port: int) -> Callable[..., Awaitable[StreamResponse]]:
@@ -72,8 +66,7 @@ def guard(secret: str, port: int) -> Callable[..., Awaitable[StreamResponse]]:
             response.set_cookie(_COOKIE, secret, httponly=True, samesite="Strict")
         return response
 
-    middleware: Callable[..., Awaitable[StreamResponse]] = web.middleware(closed)
-    return middleware
+    return web.middleware(closed)
 
 
 def _free_port(port: int) -> int:

@@ -19,7 +19,6 @@ pytestmark = pytest.mark.tui
 @pytest.fixture
 def address() -> Iterator[str]:
     """What `dynrun tui --web` prints."""
-    pytest.importorskip("textual_serve")
     argv = [*ARGV, "tui", "--web"]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as child:
         assert child.stderr is not None
