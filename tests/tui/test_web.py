@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 
 import httpx
@@ -41,16 +40,3 @@ def test_only_who_knows_the_secret_and_comes_from_this_machine_is_let_in(address
         assert client.get(base).status_code == 200
         assert client.get(f"{base}ws", headers={"Origin": "http://evil.example"}).status_code == 403
         assert client.get(base, headers={"Host": "evil.example"}).status_code == 403
-
-
-def test_without_textual_serve_it_is_said_what_to_install() -> None:
-    lines = (
-        "import sys",
-        "sys.modules['textual_serve'] = None",
-        "from dynrun.cli.app import main",
-        "sys.exit(main(['tui', '--web']))",
-    )
-    code = "\n".join(lines)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 2
-    assert "pip install textual-serve" in done.stderr
