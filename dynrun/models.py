@@ -96,6 +96,8 @@ def resolve(model: str) -> Model:
     name, colon, label = model.partition(":")
     if colon and (made := made_path(name, label)).is_file():
         return Model(model, made)
+    if (own := dict(_own_models()).get(model)) is not None:
+        return Model(model, own)
     if (model.endswith(".gguf") and not colon) or path.is_absolute() or model.startswith("."):
         raise NotFoundError(f"{model} does not exist", fix="check the path")
     if "/" in model:

@@ -6,6 +6,7 @@ Starts no work itself. Rooms talk to it by messages (messages.py) that bubble up
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, ClassVar
@@ -26,6 +27,8 @@ from dynrun.tui.themes import DARK, LIGHT, THEMES
 
 # Time for a room to end its child processes when the app quits; they die with the app anyway.
 _LEAVE_S = 8.0
+# The first screen and its list come before the other rooms.
+_LOAD_AFTER_S = 1.0
 
 
 class DynrunApp(App[int]):
@@ -70,14 +73,20 @@ class DynrunApp(App[int]):
         self.theme_changed_signal.subscribe(self, lambda theme: remember_theme(theme.name))
         if self._first is not None:
             await self.on_visit(self._first)
+        self.set_timer(_LOAD_AFTER_S, load_rooms)
 
     async def on_visit(self, message: Visit) -> None:
         """Go to another room, and tell it what for."""
         if message.mode not in BY_MODE:
             return
-        await self.switch_mode(message.mode)
+        await self._enter(message.mode)
         if isinstance(self.screen, RoomScreen):
             await self.screen.visit(message)
+
+    async def _enter(self, mode: str) -> None:
+        """Go to a room. What it imports (numpy, scipy) takes long, so that happens in a thread."""
+        await asyncio.to_thread(BY_MODE[mode].screen_class)
+        await self.switch_mode(mode)
 
     def on_models_changed(self, _: ModelsChanged) -> None:
         for room in self.open_rooms():
@@ -100,7 +109,7 @@ class DynrunApp(App[int]):
         return None if action in ("room", "jump", "help") and self.screen.is_modal else True
 
     async def action_room(self, mode: str) -> None:
-        await self.switch_mode(mode)
+        await self._enter(mode)
 
     def action_help(self) -> None:
         from dynrun.tui.screens.help import HelpScreen
@@ -147,7 +156,7 @@ class DynrunApp(App[int]):
         """The palette: every room, everything the keys of this screen do, and what the room offers beside."""
         for room in ROOMS:
             yield SystemCommand(
-                f"Go to {room.title}", f"{room.purpose} ({room.key.upper()})", partial(self._go, room.mode)
+                f"Go to {room.title}", f"{room.purpose} ({room.key.upper()})", partial(self._enter, room.mode)
             )
         for node, binding, enabled, _ in screen.active_bindings.values():
             if enabled and binding.id and binding.description and not binding.action.startswith("room("):
@@ -160,8 +169,10 @@ class DynrunApp(App[int]):
             "Screenshot", "save this screen as SVG", partial(self.set_timer, 0.1, self.deliver_screenshot)
         )
 
-    async def _go(self, mode: str) -> None:
-        await self.switch_mode(mode)
+
+def load_rooms() -> None:
+    """Import every room in the background, so that entering one takes no longer than drawing it."""
+    threading.Thread(target=lambda: [room.screen_class() for room in ROOMS], name="rooms", daemon=True).start()
 
 
 def binding_ids() -> set[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from textual.widgets import DataTable
+from textual.widgets import DataTable, Input
 
+from dynrun.models import resolve
 from dynrun.paths import models_dir
 from dynrun.tui.widgets.fitted_table import shortened
 from dynrun.tui.widgets.model_table import ModelTable
@@ -79,6 +80,19 @@ async def test_markup_in_a_name_is_text() -> None:
     async with running_app() as pilot:
         await wait_until(pilot, lambda: "[red]x[-]" in listed(pilot), "the list")
         assert "[red]x[-]" in screen_text(pilot)
+
+
+async def test_every_listed_name_is_a_model_and_keys_carry_it_to_other_rooms() -> None:
+    path = made("alpha")
+    assert resolve("alpha").path == path
+    async with running_app() as pilot:
+        await wait_until(pilot, lambda: listed(pilot), "the list")
+        await pilot.press("p")
+        await shows(pilot, "tokens/s")
+        assert "alpha" in screen_text(pilot)
+        await pilot.press("b")
+        await shows(pilot, "as planned")
+        assert one(pilot, "#models", Input).value == "alpha"
 
 
 def test_long_names_lose_their_middle() -> None:

@@ -257,9 +257,11 @@ placement, `b` measures it, `y` copies the llama-server command, `d` downloads t
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """What is not here can be downloaded; what is here, run."""
-        if action not in ("launch", "download") or not self.is_mounted or (quant := self.quant) is None:
+        if not self.is_mounted or action not in ("launch", "download", "automatic", "copy"):
             return True
-        return (quant.path is None) == (action == "download")
+        if (quant := self.quant) is None or quant.facts is None:
+            return False
+        return action in ("automatic", "copy") or (quant.path is None) == (action == "download")
 
     def commands(self) -> Iterable[SystemCommand]:
         yield SystemCommand(

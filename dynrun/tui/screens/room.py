@@ -27,6 +27,12 @@ class RoomScreen(Screen[None]):
     HELP: ClassVar[str] = ""
     KEYED: ClassVar[tuple[type[DOMNode], ...]] = ()
 
+    def __init__(self) -> None:
+        super().__init__()
+        # Its widgets are styled when they are mounted. Textual takes a new screen for one with old styles, and parses
+        # and applies all stylesheets again on its first two visits: a quarter of a second each.
+        self._css_update_count = self.app._css_update_count
+
     @property
     def dynrun(self) -> DynrunApp:
         """The app, as its own type."""
