@@ -11,6 +11,7 @@ from dynrun.runtime.bench_result import learn_from, result_of
 from dynrun.runtime.bench_setups import parse_placements, setups
 from dynrun.runtime.machine import Machine
 from dynrun.runtime.placement import Choice, Placement
+from dynrun.tui.builtin import make_first
 from dynrun.tui.jobs import Job
 from dynrun.tui.messages import Frozen
 
@@ -72,6 +73,7 @@ def _setups(model: str, names: tuple[str, ...], request: Request, machine: Machi
     from dynrun.models import resolve
     from dynrun.runtime.opening import Where, planner_for
 
+    make_first(model)
     path = request.path or resolve(model).path
     if request.placement is not None:
         (setup,) = setups(model, path, ("auto",), request.placement, bytes_per_s=machine.ram_bytes_per_s)

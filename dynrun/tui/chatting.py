@@ -182,8 +182,10 @@ class Engine:
         from dynrun.runtime.images import find_mmproj
         from dynrun.runtime.opening import Where, open_session
         from dynrun.runtime.placement import Wishes
+        from dynrun.tui.builtin import make_first
 
         config = load_config()
+        make_first(self.model)
         self.path = resolve(self.model).path
         where = Where(Wishes(mmproj=find_mmproj(self.path)), config.n_gpu_layers)
         session = open_session(self.path, where, n_threads=config.n_threads, reuse=self.placement is None)

@@ -14,6 +14,7 @@ from dynrun.runtime.model_facts import ModelFacts
 from dynrun.runtime.placement import Choice, Placement, Wishes
 from dynrun.runtime.plan import placed, plan
 from dynrun.runtime.residence import CPU, Ledger, Residence, ledger, residence
+from dynrun.tui.builtin import make_first
 from dynrun.tui.messages import Frozen
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def open_model(model: str, path: Path | None, tell: Callable[[Frozen], None], ma
     if path is not None and path.is_file():
         title, offers = model or path.stem, local_offers(str(path), machine, Wishes())
     elif is_local(model):
+        make_first(model)
         title, offers = model, local_offers(model, machine, Wishes())
     else:
         found, quants = _on_hub(model)

@@ -50,9 +50,8 @@ class LayerMap(Widget):
         each = max(1, -(-n // max(self.content_size.width - _NAME - 2, 1)))
         said = f"{n} layers{f', {each} a cell' if each > 1 else ''}, output"
         legend = f"  {_WITHOUT} without experts  {_EXPERTS} experts alone" if where.experts_in_ram else ""
-        text = Text(
-            f"{'layers':{_NAME}}{said}{legend}", style("map--quiet", partial=True), no_wrap=True, overflow="crop"
-        )
+        text = Text(no_wrap=True, overflow="crop")
+        text.append(f"{'layers':{_NAME}}{said}{legend}", style("map--quiet", partial=True))
         for name, index, _, _ in rows_of(self._shown):
             kind = "map--ram" if index == CPU else "map--device"
             text.append(f"\n{name[: _NAME - 1]:{_NAME}}")
