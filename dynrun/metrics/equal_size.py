@@ -4,7 +4,8 @@ With the curve's points (bytes b, KLD k) in order of size and b₁ ≤ b ≤ b�
 
     log k(b) = log k₁ + (b − b₁)/(b₂ − b₁)·(log k₂ − log k₁)        ratio = KLD of the file / k(b)
 
-Outside the curve its first or last two points are continued, and the result is marked. A point that a smaller file
+Outside the curve its first or last two points are continued, and the result is marked where the file's size is not
+within 0.5% of the curve's, which is equal enough elsewhere too (target.py). A point that a smaller file
 equals or beats is left out: nobody would choose it, so it would flatter what it is compared with. Takes sizes and
 KLDs, measures nothing.
 """
@@ -20,6 +21,8 @@ import numpy.typing as npt
 from dynrun.metrics.intervals import Clusters, drawn_means, middle_95
 
 Rows = npt.NDArray[np.float64]
+# Sizes that differ by less are called equal.
+_EQUAL = 0.005
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def equal_size(size: float, kld: float, points: Sequence[tuple[float, float]]) -
     sizes = [point[0] for point in kept]
     logs = np.log([[point[1] for point in kept]])
     at = float(np.exp(_interpolated(sizes, logs, size)[0]))
-    return EqualSize(kld / at, at, not sizes[0] <= size <= sizes[-1])
+    return EqualSize(kld / at, at, not sizes[0] * (1 - _EQUAL) <= size <= sizes[-1] * (1 + _EQUAL))
 
 
 def equal_size_paired(size: float, file: Clusters, curve: Sequence[tuple[float, Clusters]]) -> EqualSize | None:

@@ -41,6 +41,14 @@ def test_a_point_of_the_curve_has_a_ratio_of_one() -> None:
         assert not found.extrapolated
 
 
+def test_a_few_bytes_outside_the_curve_are_no_extrapolation() -> None:
+    curve = [(1000.0, 0.5), (2000.0, 0.1)]
+    for size, outside in ((996.0, False), (994.0, True), (2009.0, False), (2011.0, True)):
+        found = equal_size(size, 0.2, curve)
+        assert found is not None
+        assert found.extrapolated is outside, size
+
+
 def test_a_file_below_the_curve_is_extrapolated_too() -> None:
     found = equal_size(5.0, 1.0, BASELINE)
     assert found is not None
