@@ -76,7 +76,7 @@ app.add_typer(evaluate, name="eval")
 exports = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Hand a file to another program on this machine. Example: dynrun export lmstudio demo:Q3_K_M",
+    help="Hand a file to another program on this machine; with --json. Example: dynrun export lmstudio demo:Q3_K_M",
 )
 exports.command("ollama")(export.ollama)
 exports.command("lmstudio")(export.lmstudio)
