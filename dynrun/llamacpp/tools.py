@@ -136,9 +136,18 @@ def quantize(
 
 
 def collect_imatrix(
-    model: Path, text: Path, out: Path, *, n_ctx: int, n_threads: int, parse_special: bool, process_output: bool = False
+    model: Path,
+    text: Path,
+    out: Path,
+    *,
+    n_ctx: int,
+    n_threads: int,
+    parse_special: bool,
+    process_output: bool = False,
+    repack: bool = True,
 ) -> None:
-    """llama.cpp's own imatrix of a flat text, in GGUF format."""
+    """llama.cpp's own imatrix of a flat text, in GGUF format. Without ``repack`` by the kernels that the engine uses,
+    which on some CPUs (AMX) round otherwise."""
     arguments: list[str | Path] = [
         "-m",
         model,
@@ -156,6 +165,7 @@ def collect_imatrix(
     arguments += ["-b", str(n_ctx), "-ub", str(n_ctx)]
     arguments += ["--parse-special"] if parse_special else []
     arguments += ["--process-output"] if process_output else []
+    arguments += [] if repack else ["--no-repack"]
     done = _run("llama-imatrix", arguments)
     if not out.is_file():
         raise _unproven(done, "wrote no imatrix")

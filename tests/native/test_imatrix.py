@@ -32,9 +32,8 @@ def oracle(model: Path, folder: Path, n_characters: int) -> tuple[Imatrix, Imatr
     text = folder / "text.txt"
     conversations = [c for c in builtin().conversations if c.language == "en"]
     text.write_text("\n".join(str(m["content"]) for c in conversations for m in c.messages)[:n_characters])
-    tools.collect_imatrix(
-        model, text, folder / "theirs.gguf", n_ctx=N_CTX, n_threads=2, parse_special=True, process_output=True
-    )
+    settings = {"parse_special": True, "process_output": True, "repack": False}
+    tools.collect_imatrix(model, text, folder / "theirs.gguf", n_ctx=N_CTX, n_threads=2, **settings)
     with Engine.open(model, n_ctx=N_CTX, n_threads=2) as engine:
         tokens = engine.tokenize(text.read_text(), parse_special=True, add_special=True)
         chunks = [tokens[i : i + N_CTX] for i in range(0, len(tokens) - N_CTX + 1, N_CTX)]
@@ -87,7 +86,7 @@ def test_sequences_that_share_a_batch_do_not_see_each_other(tmp_path: Path) -> N
     for name in apart.sums:
         assert np.array_equal(together.counts[name], apart.counts[name]), name
         # Attention sums its values in F16, in another order where the cache holds other sequences too.
-        assert np.allclose(together.sums[name], apart.sums[name], rtol=3e-3), name
+        assert np.allclose(together.sums[name], apart.sums[name], rtol=6e-3), name
     # Were they one text, attention would tell.
     name = "blk.0.attn_output.weight"
     assert not np.allclose(joined.sums[name], apart.sums[name], rtol=1e-2)
