@@ -87,6 +87,27 @@ def _ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+class _Keys:
+    """Ctrl+C at the prompt interrupts the typing; between a question and its answer it is remembered for the answer."""
+
+    def __init__(self) -> None:
+        self.typing, self.pressed = False, False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """As long as the chat."""
+        before = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self.typing or self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+
 class _Page:
     """What is on the screen of one answer."""
 
@@ -158,6 +179,7 @@ class Terminal:
     def __init__(self, session: Session, chat: Chat, sampling: Sampling, show_thinking: bool) -> None:
         self.session, self.chat, self.sampling, self.show_thinking = session, chat, sampling, show_thinking
         self.images: list[str] = []
+        self._keys = _Keys()
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: print(_HELP),
             "new": self._new,
@@ -181,7 +203,11 @@ class Terminal:
         self._show_end_of_chat()
         # Line editing and a history of lines, where Python has it.
         with_readline()
-        while (text := _typed()) is not None:
+        with self._keys.watched():
+            self._talk()
+
+    def _talk(self) -> None:
+        while (text := _typed(self._keys)) is not None:
             command, _, rest = text.removeprefix("/").partition(" ")
             try:
                 if text in ("/quit", "/exit", "/bye"):
@@ -205,7 +231,10 @@ class Terminal:
 
     def _answer(self, messages: tuple[Message, ...]) -> Message:
         events = self.session.ask(messages, system=self.chat.system, sampling=self.sampling)
-        answer = answered(events, self.session, self._told, quiet=False, show_thinking=self.show_thinking)
+        with _ctrl_c(self.session.cancel):
+            if self._keys.pressed:
+                self.session.cancel()
+            answer = answered(events, self.session, self._told, quiet=False, show_thinking=self.show_thinking)
         say(stats(answer))
         return Message("assistant", answer.text, answer.reasoning, stop=answer.stop)
 
@@ -285,17 +314,21 @@ def with_readline() -> None:
         pass
 
 
-def _typed() -> str | None:
+def _unfinished(text: str) -> bool:
+    """Whether three quotes were begun and not ended."""
+    return text.startswith('"""') and not (len(text) >= 6 and text.endswith('"""'))
+
+
+def _typed(keys: _Keys) -> str | None:
     """What is typed at the prompt; None at the end. Three quotes begin and end a text of several lines."""
     while True:
         try:
-            text = input("> ")
-            if not text.startswith('"""'):
-                return text
-            lines = [text.removeprefix('"""')]
-            while not lines[-1].endswith('"""'):
+            keys.typing, keys.pressed = True, False
+            lines = [input("> ")]
+            while _unfinished(text := "\n".join(lines)):
                 lines.append(input("… "))
-            return "\n".join(lines).removesuffix('"""').strip("\n")
+            keys.typing = False
+            return text[3:-3].strip("\n") if text.startswith('"""') else text
         except EOFError:
             print()
             return None

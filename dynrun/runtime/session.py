@@ -74,7 +74,11 @@ class Session:
 
     def start(self) -> Iterator[Event]:
         """Have a server answer; nothing where one does. Raises as :func:`ladder.start` does."""
+        # Now, not when the first event is asked for: what is cancelled in between stays so.
         self._starting.clear()
+        return self._started()
+
+    def _started(self) -> Iterator[Event]:
         if self.attached is not None:
             yield Starting(None)
             yield Ready(self.attached.url, self.attached.n_ctx, 0.0)
@@ -92,7 +96,10 @@ class Session:
         self._cancellation = Cancellation()
         endpoint, body = self._request(messages, system)
         body |= (sampling or Sampling()).request()
-        yield from self.start()
+        return self._asked(endpoint, body, self.start())
+
+    def _asked(self, endpoint: str, body: dict[str, Any], starting: Iterator[Event]) -> Iterator[Event]:
+        yield from starting
         while True:
             url, key = self._address()
             try:

@@ -155,7 +155,8 @@ def test_shards_are_within_the_budget_in_all(made: Made, model: Path, tmp_path: 
     got, stages = run(model, Target(size_bytes=n_bytes), out, scheme, split_max_size=1_100_000)
     assert stages[-2:] == ["split", "report"]
     assert len(got.files) > 1
-    assert sorted(out.parent.iterdir()) == sorted([*got.files, out.with_suffix(".scheme.toml")])
+    others = [out.with_suffix(".scheme.toml"), out.with_suffix(".report")]
+    assert sorted(out.parent.iterdir()) == sorted([*got.files, *others])
     assert got.file == out.with_name(f"seven-00001-of-{len(got.files):05d}.gguf")
     assert got.size_bytes == sum(path.stat().st_size for path in got.files) <= n_bytes
     assert max(path.stat().st_size for path in got.files) <= 1_100_000

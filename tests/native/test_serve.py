@@ -128,6 +128,13 @@ class Typist:
         before, _, self.seen = self.seen.partition(text)
         return before
 
+    def wait_for_more(self) -> None:
+        """Whatever comes next is on the screen."""
+        while not self.seen:
+            ready, _, _ = select.select([self.terminal], [], [], PATIENCE_S)
+            assert ready, "nothing comes"
+            self.seen += os.read(self.terminal, 4096).decode("utf-8", "replace")
+
     def type(self, keys: str) -> None:
         os.write(self.terminal, keys.encode())
 
@@ -169,11 +176,13 @@ def test_a_chat_in_a_terminal(tmp_path: Path) -> None:
         user.wait_for("and then?")
         # The first of the answer is there: stop it.
         user.wait_for("\n")
+        user.wait_for_more()
         user.type("\x03")
         user.wait_for("stopped; prompt")
         user.wait_for("> ")
         user.type("/retry\n")
         user.wait_for("\n")
+        user.wait_for_more()
         user.type("\x03")
         user.wait_for("stopped; prompt")
         user.wait_for("> ")
