@@ -107,14 +107,18 @@ def find_compiler() -> Compiler:
 
 def cpu_features() -> str:
     """What a native build depends on: the CPU's feature flags where the system tells them."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", info.read_text(), re.M)
-        if match:
-            return hashlib.sha256(" ".join(sorted(match[1].split())).encode()).hexdigest()[:16]
+    if flags := cpu_flags():
+        return hashlib.sha256(" ".join(sorted(flags)).encode()).hexdigest()[:16]
     if sys.platform == "darwin":
         return capture(["sysctl", "-n", "machdep.cpu.brand_string"], check=False).stdout.strip()
     return platform.processor()
+
+
+def cpu_flags() -> list[str]:
+    """The CPU's feature flags as Linux names them; none elsewhere."""
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", info.read_text(), re.M) if info.is_file() else None
+    return match[1].split() if match else []
 
 
 def cmake_flags(choice: Choice, pin: Pin) -> tuple[str, ...]:
@@ -135,6 +139,10 @@ def cmake_flags(choice: Choice, pin: Pin) -> tuple[str, ...]:
     if choice.architecture:
         name = {"cuda": "CMAKE_CUDA_ARCHITECTURES", "hip": "GPU_TARGETS"}.get(choice.backend)
         flags += (f"-D{name}={choice.architecture}",) if name else ()
+    if "amx_tile" in cpu_flags():
+        # Tried with GCC 12.2: quantized weights end in SIGILL or SIGSEGV in ggml_backend_amx_mul_mat (ggml-cpu/amx).
+        without = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+        flags += (f"-DCMAKE_C_FLAGS={without}", f"-DCMAKE_CXX_FLAGS={without}")
     return flags
 
 

@@ -27,9 +27,8 @@ from dynrun.runtime.calibration import calibration_of, machine_key
 from dynrun.runtime.machine import Device, Machine
 
 _GPU_BYTES_PER_S, _DISK_BYTES_PER_S = 400e9, 1.5e9
-# Types that llama.cpp repacks for a CPU with these features (ggml-cpu/repack.cpp, ggml-cpu/amx/common.h).
+# Types that llama.cpp repacks for a CPU with these features (ggml-cpu/repack.cpp; AMX is left out of our builds).
 _REPACKED = {
-    "amx_int8": ("F16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
     "avx2": ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"),
     "avx512f": ("Q2_K",),
     "asimddp": ("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"),

@@ -167,6 +167,13 @@ class TestCompile:
         discard_builds()
         assert not installed.bin.parent.exists()
 
+    def test_amx_is_left_out_where_the_cpu_has_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for features, left_out in ((["avx2", "amx_tile", "amx_int8"], True), (["avx2"], False), ([], False)):
+            monkeypatch.setattr(build, "cpu_flags", lambda features=features: features)
+            flags = build.cmake_flags(Choice("cpu", "", ""), PIN)
+            found = [flag for flag in flags if "-mno-amx-int8" in flag]
+            assert len(found) == 2 * left_out, flags
+
     def test_the_fingerprint_follows_flags_compiler_cpu_and_source(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
