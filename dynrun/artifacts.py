@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dynrun import __version__
-from dynrun.errors import DoesNotFitError, DynrunError
+from dynrun.errors import DoesNotFitError, DynrunError, NotFoundError, UsageError
 from dynrun.paths import cache_dir, stages_dir
 
 MANIFEST = "manifest.json"
@@ -78,6 +79,18 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_toml(path: Path, option: str) -> dict[str, Any]:
+    """A TOML file that the user named with ``option``. Raises NotFoundError, UsageError."""
+    if not path.is_file():
+        raise NotFoundError(f"{path} does not exist", fix=f"check the path of {option}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}", fix="correct it") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", fix="check its permissions") from error
 
 
 def read_lines(path: Path, parse: Callable[[Any], Item], *, mend: bool = True) -> list[Item]:

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynrun.errors import NotFoundError, UsageError
+from dynrun.artifacts import read_toml
+from dynrun.errors import UsageError
 from dynrun.gguf.header import Header, TensorInfo
 from dynrun.gguf.quantizable import is_mtp
 from dynrun.gguf.tensor_types import known_type
@@ -59,14 +59,7 @@ def kind_of(tensor: str) -> str:
 
 def read_speed_table(path: Path) -> SpeedTable:
     """Raises NotFoundError for no file, UsageError for no TOML, an unknown key or type, or a time that is none."""
-    if not path.is_file():
-        raise NotFoundError(f"{path} does not exist", fix="check the path of --speed-table")
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}", fix="correct it") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", fix="check its permissions") from error
+    data = read_toml(path, "--speed-table")
     table = data.get(_KEY)
     if set(data) != {_KEY} or not isinstance(table, dict):
         raise UsageError(f"{path} is no table of speeds", fix=f"write one table [{_KEY}] with lines as Q4_K = 0.045")

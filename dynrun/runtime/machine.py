@@ -18,13 +18,13 @@ Measures nothing itself: bandwidth.py does.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dynrun.errors import NotFoundError, UsageError
+from dynrun.artifacts import read_toml
+from dynrun.errors import UsageError
 
 GIB = 1 << 30
 Basis = Literal["measured", "calibrated", "estimated"]
@@ -95,14 +95,7 @@ _DEVICE_KEYS = {"name": str, "description": str, "memory_gib": float, "free_gib"
 
 def read_machine(path: Path) -> Machine:
     """A machine written down as TOML (above). Raises NotFoundError, UsageError."""
-    if not path.is_file():
-        raise NotFoundError(f"{path} does not exist", fix="check the path of --machine")
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}", fix="correct it") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", fix="check its permissions") from error
+    data = read_toml(path, "--machine")
     _check(data, _KEYS, str(path))
     tables = data.get("device", [])
     for table in tables:
