@@ -165,6 +165,8 @@ class Engine:
                 self._session.close()
 
     def _started(self, job: Job) -> Session:
+        from dynrun.runtime.events import Ready
+
         if self._closed:
             raise DynrunError("the model was closed meanwhile", fix="ask again")
         if self._session is None:
@@ -172,8 +174,8 @@ class Engine:
             self._session = self._opened()
         for event in self._session.start():
             job.post(EngineNote(note(event)))
-            if type(event).__name__ == "Ready":
-                job.post(self._ready(event.n_ctx))  # type: ignore[union-attr]
+            if isinstance(event, Ready):
+                job.post(self._ready(event.n_ctx))
         return self._session
 
     def _opened(self) -> Session:

@@ -19,7 +19,7 @@ from dynrun.runtime.history import Chat, Message, list_chats, new_chat
 from dynrun.runtime.sampling import Sampling
 from dynrun.tui import conversing
 from dynrun.tui.chatting import AnswerEnded, AnswerGrew, Engine, EngineFailed, EngineNote, EngineReady
-from dynrun.tui.jobs import start_job, stop_jobs
+from dynrun.tui.jobs import Job, start_job, stop_jobs
 from dynrun.tui.messages import JobFailed, Visit
 from dynrun.tui.screens.confirm import ConfirmScreen
 from dynrun.tui.screens.prompt import PromptScreen
@@ -116,11 +116,11 @@ that was said is on disk before it is answered.
         self.query_one(ChatStatus).reset()
         engine = self._engine
 
-        def work(job: object) -> None:
+        def work(job: Job) -> None:
             if former is not None:
                 former.close()
             if engine is not None:
-                engine.start(job)  # type: ignore[arg-type]
+                engine.start(job)
 
         start_job(self, work, group=ENGINE, name=model)
 

@@ -45,10 +45,6 @@ class ChatSettings(VerticalScroll, can_focus=False):
         system: str
         sampling: Sampling
 
-    def __init__(self, *, id: str) -> None:  # noqa: A002 (as Textual calls it)
-        super().__init__(id=id)
-        self._metadata: Mapping[str, Any] = {}
-
     def compose(self) -> ComposeResult:
         yield Static("system prompt", classes="label")
         yield TextArea(id="system", soft_wrap=True, show_line_numbers=False, tab_behavior="focus", compact=True)
@@ -65,10 +61,8 @@ class ChatSettings(VerticalScroll, can_focus=False):
 
     def recommended(self, metadata: Mapping[str, Any]) -> None:
         """Show what is in force where a field is empty: the model's recommendation, or llama.cpp's default."""
-        self._metadata = metadata
         for setting in in_force(Sampling(), metadata):
-            ours = next(n for n in _NUMBERS if n == setting.name or (n == "temperature" and setting.name == "temp"))
-            self.query_one(f"#set-{ours}", Input).placeholder = f"{setting.value:g} ({setting.origin})"
+            self.query_one(f"#set-{setting.name}", Input).placeholder = f"{setting.value:g} ({setting.origin})"
         self.query_one("#set-seed", Input).placeholder = "random"
         self.query_one("#set-max_tokens", Input).placeholder = "as many as fit"
 

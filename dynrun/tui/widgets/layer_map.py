@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import ClassVar
 
 from rich.text import Text
-from textual.geometry import Size
-from textual.widget import Widget
 
 from dynrun.runtime.residence import CPU, Residence
-from dynrun.tui.planning import Shown, rows_of
+from dynrun.tui.planning import rows_of
+from dynrun.tui.widgets.placement_view import PlacementView
 
 # A layer, a layer without its experts, its experts alone, nothing.
 _WHOLE, _WITHOUT, _EXPERTS, _NOTHING = "█", "▄", "▒", "·"
 _NAME = 7
 
 
-class LayerMap(Widget):
+class LayerMap(PlacementView):
     """Layers are drawn one a cell, or several where there are more than cells; the last cell is the output."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"map--device", "map--ram", "map--quiet"}
@@ -28,18 +27,6 @@ class LayerMap(Widget):
         .map--quiet { text-style: dim; }
     }
     """
-
-    def __init__(self, id: str | None = None) -> None:  # noqa: A002
-        super().__init__(id=id)
-        self._shown: Shown | None = None
-
-    def show(self, shown: Shown | None) -> None:
-        """Of this placement; None for none."""
-        self._shown = shown
-        self.refresh(layout=True)
-
-    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        return len(rows_of(self._shown)) + 1 if self._shown else 0
 
     def render(self) -> Text:
         if self._shown is None:

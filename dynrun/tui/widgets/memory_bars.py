@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import ClassVar
 
 from rich.text import Text
-from textual.geometry import Size
-from textual.widget import Widget
 
-from dynrun.tui.planning import Shown, parts_of, rows_of
+from dynrun.tui.planning import parts_of, rows_of
+from dynrun.tui.widgets.placement_view import PlacementView
 from dynrun.tui.words import gib
 
 _PARTS = ("weights", "KV", "compute", "other")
 
 
-class MemoryBars(Widget):
+class MemoryBars(PlacementView):
     """A bar for each memory; one that is overfull is marked, and its bar ends at its edge."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {*(f"bars--{part.lower()}" for part in _PARTS), "bars--free", "bars--over"}
@@ -29,18 +28,6 @@ class MemoryBars(Widget):
         .bars--over { color: $error; text-style: bold; }
     }
     """
-
-    def __init__(self, id: str | None = None) -> None:  # noqa: A002
-        super().__init__(id=id)
-        self._shown: Shown | None = None
-
-    def show(self, shown: Shown | None) -> None:
-        """Of this placement; None for none."""
-        self._shown = shown
-        self.refresh(layout=True)
-
-    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        return len(rows_of(self._shown)) + 1 if self._shown else 0
 
     def render(self) -> Text:
         if self._shown is None:

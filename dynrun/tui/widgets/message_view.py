@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -117,8 +116,3 @@ class MessageView(Vertical, can_focus=True):
     def _copy(self, text: str, what: str) -> None:
         self.app.copy_to_clipboard(text)
         self.notify(f"copied {what}, {len(text):,} characters", timeout=2)
-
-
-def titles(messages: Iterable[Message], model: str) -> list[str]:
-    """What stands above each message."""
-    return ["you" if message.role == "user" else model for message in messages]
