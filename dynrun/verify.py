@@ -59,16 +59,16 @@ def verify(path: Path, given: Given, on_tensor: OnTensor = lambda done, total: N
     Raises NotFoundError where ``path`` is missing, UsageError for a scheme that is none.
     """
     try:
-        header = read_whole_header(path)
+        headers, header = read_shards(path), read_whole_header(path)
     except NotFoundError:
         raise
     except DynrunError as error:
         return [Check("file", False, error.message)]
-    checks = [_whole(path), _provenance(header)]
+    checks = [_whole(headers), _provenance(header)]
     scheme = scheme_of_file(path, header, given.scheme)
     checks.append(_scheme_check(path, header, scheme))
     if scheme is not None:
-        checks += [_types(header, scheme), _size(path, header, scheme)]
+        checks += [_types(header, scheme), _size(headers, header, scheme)]
     checks.append(_imatrix(header, scheme, given.imatrix))
     reference = given.reference
     if reference is None:
@@ -76,7 +76,7 @@ def verify(path: Path, given: Given, on_tensor: OnTensor = lambda done, total: N
     checks += [_source(reference, scheme), _shapes(header, reference), _metadata(header, reference)]
     if not checks[-2].ok:
         return [*checks, Check("weights", None, "not compared: the tensors are others")]
-    return [*checks, _kept(path, reference), _weights(path, reference, on_tensor)]
+    return [*checks, _kept(headers, reference), _weights(headers, reference, on_tensor)]
 
 
 def remade(path: Path, again: Path) -> Check:
@@ -116,9 +116,8 @@ def _tensor_bytes(headers: tuple[Header, ...]) -> Iterator[tuple[str, npt.NDArra
             yield name, data[begin : begin + tensor.nbytes]
 
 
-def _whole(path: Path) -> Check:
+def _whole(headers: tuple[Header, ...]) -> Check:
     """Nothing is missing (reading the headers saw to that) and nothing lies behind the last tensor."""
-    headers = read_shards(path)
     for header in headers:
         end = header.data_offset + max((t.offset + t.nbytes for t in header.tensors.values()), default=0)
         if header.file_bytes - end >= header.alignment:
@@ -168,11 +167,11 @@ def _types(header: Header, scheme: Scheme) -> Check:
     return Check("types", True, f"{len(tensors)} tensors")
 
 
-def _size(path: Path, header: Header, scheme: Scheme) -> Check:
+def _size(headers: tuple[Header, ...], header: Header, scheme: Scheme) -> Check:
     found, wanted = header.file_bytes, scheme.size_bytes
     if not wanted:
         return Check("size", None, "the scheme does not say a size")
-    if len(read_shards(path)) > 1:
+    if len(headers) > 1:
         within = not scheme.budget_bytes or found <= scheme.budget_bytes
         return Check("size", within, f"{found:,} bytes in shards, {wanted:,} as one file")
     return Check("size", found == wanted, f"{found:,} bytes; the scheme says {wanted:,}")
@@ -223,9 +222,9 @@ def _equal(one: Any, other: Any) -> bool:
     return one == other or repr(one) == repr(other)
 
 
-def _kept(path: Path, reference: Header) -> Check:
+def _kept(headers: tuple[Header, ...], reference: Header) -> Check:
     """Tensors that no scheme names: bit by bit as in the reference."""
-    mine, theirs = dict(_tensor_bytes(read_shards(path))), dict(_tensor_bytes(read_shards(reference.path)))
+    mine, theirs = dict(_tensor_bytes(headers)), dict(_tensor_bytes(read_shards(reference.path)))
     kept = [name for name in theirs if name not in quantizable(reference)]
     changed = [name for name in kept if not np.array_equal(mine[name], theirs[name])]
     if changed:
@@ -233,11 +232,10 @@ def _kept(path: Path, reference: Header) -> Check:
     return Check("kept tensors", True, f"{len(kept)} with the reference's bytes")
 
 
-def _weights(path: Path, reference: Header, on_tensor: OnTensor) -> Check:
+def _weights(headers: tuple[Header, ...], reference: Header, on_tensor: OnTensor) -> Check:
     """Every quantized tensor is finite and near the reference's; the worst is named."""
     worst, where, done = 0.0, "", 0
-    headers, weights = read_shards(path), WeightFile(reference.path)
-    n_tensors = len(quantizable(reference))
+    weights, n_tensors = WeightFile(reference.path), len(quantizable(reference))
     for header in headers:
         made = WeightFile(header.path)
         for name in quantizable(header):
