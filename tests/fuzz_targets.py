@@ -8,16 +8,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self, cast
 
 from dynrun.calibration.files import read_file
 from dynrun.calibration.imatrix import load_imatrix
 from dynrun.errors import DynrunError
-from dynrun.gguf.header import read_header
+from dynrun.gguf.header import Header, read_header
 from dynrun.gguf.quant_label import label_of
 from dynrun.gguf.quantizable import quantizable
 from dynrun.gguf.shards import read_whole_header
+from dynrun.hub.files import RemoteFile, Variant
+from dynrun.hub.headers import HeaderReader
+from dynrun.hub.ranges import RangeReader
 from dynrun.scheme import parse, render, sha256
 from dynrun.scheme_gguf import scheme_of
+from tests import fuzz_cache, fuzz_wire
 
 Target = Callable[[Path], object]
 
@@ -29,6 +34,35 @@ def _header(path: Path) -> object:
 
 def _scheme_from_gguf(path: Path) -> object:
     return render(scheme_of(read_whole_header(path)))
+
+
+class _Ranges:
+    """A file of the Hub whose ranges are those of a file here."""
+
+    def __init__(self, path: Path) -> None:
+        self._data, self.fetched_bytes = path.read_bytes(), 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, offset: int, length: int) -> bytes:
+        found = self._data[offset : offset + length]
+        self.fetched_bytes += len(found)
+        return found
+
+
+def _remote_header(path: Path) -> tuple[Header, int]:
+    """As of a repository's second file: what it has in common with the first is not read again."""
+    size = path.stat().st_size
+    file = RemoteFile("owner/name", "0" * 40, "model.gguf", size, "0" * 40)
+    read = HeaderReader(lambda _: cast("RangeReader", _Ranges(path)))
+    first = read(Variant("Q4_K_M", (file,)))
+    second = read(Variant("Q4_K_M", (file,)))
+    assert (second.tensors, second.data_offset) == (first.tensors, first.data_offset)
+    return first, read.fetched_bytes
 
 
 def _scheme(path: Path) -> object:
@@ -43,6 +77,7 @@ def _scheme(path: Path) -> object:
 # By name: the target, and how the file that it takes is called.
 TARGETS: dict[str, tuple[Target, str]] = {
     "header": (_header, "model.gguf"),
+    "remote-header": (_remote_header, "model.gguf"),
     "shards": (read_whole_header, "model-00001-of-00002.gguf"),
     "scheme-from-gguf": (_scheme_from_gguf, "model.gguf"),
     "scheme": (_scheme, "scheme.toml"),
@@ -52,7 +87,11 @@ TARGETS: dict[str, tuple[Target, str]] = {
     "calibration-json": (lambda path: read_file(path, name="fuzzed"), "chats.json"),
     "calibration-text": (lambda path: read_file(path, name="fuzzed"), "text.txt.gz"),
     "calibration-parquet": (lambda path: read_file(path, name="fuzzed"), "chats.parquet"),
+    **fuzz_cache.TARGETS,
+    **fuzz_wire.TARGETS,
 }
+# They have an answer to everything.
+NEVER_REFUSE = frozenset({"health", "served", "server-log", "hub-waits"})
 
 
 def tried(name: str, data: bytes, folder: Path) -> bool:

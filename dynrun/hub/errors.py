@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynrun.artifacts import translated_os_errors
-from dynrun.errors import DynrunError, NetworkError, NotFoundError, UsageError
+from dynrun.errors import MALFORMED, DynrunError, NetworkError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -54,6 +54,12 @@ def errors_for_people(repository: str, kind: str = MODEL) -> Iterator[None]:
         raise NetworkError(
             f"the {kind} {repository} could not be fetched: {reason(error)}",
             fix="check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and try again",
+        ) from error
+    # The library believes what it is told: an answer of another shape ends in one of these.
+    except MALFORMED as error:
+        raise NetworkError(
+            f"what the server says of the {kind} {repository} makes no sense: {reason(error)}",
+            fix="check HF_ENDPOINT, and try again later",
         ) from error
 
 

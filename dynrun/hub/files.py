@@ -50,7 +50,7 @@ class Variant:
     """What a user calls one file of a repository: one quantization, in one file or all its shards in order.
 
     ``label`` is its quant (``Q4_K_M``, ``UD-IQ2_XXS``), or the file's name where that has none. ``missing`` are the
-    numbers of shards that the repository lacks.
+    numbers of shards that the repository lacks, the first of them where it lacks many.
     """
 
     label: str

@@ -18,6 +18,8 @@ from pathlib import Path
 from dynrun.artifacts import translated_os_errors
 from dynrun.hub.files import RemoteFile
 
+# Not everywhere; the size of a file, which it brings to the disk too, is all of the rest that counts here.
+_sync = getattr(os, "fdatasync", os.fsync)
 SUFFIX = ".dynrun.incomplete"
 NOTE_SUFFIX = ".note.dynrun.incomplete"
 
@@ -34,7 +36,10 @@ class Part:
         self.note = blob.with_name(blob.name + NOTE_SUFFIX)
         self._blob = blob
         self._lock = threading.Lock()
-        self._saved = self._done = self._read()
+        # Of the note: who saves it must not bring it back behind who finishes.
+        self._note_lock = threading.Lock()
+        self._finished = False
+        self._flushed = self._saved = self._done = self._read()
         self.resumed_bytes = self.done_bytes
 
     @property
@@ -87,19 +92,34 @@ class Part:
         if done == self._saved:
             return
         note = {"path": self.file.path, "size": self.file.size, "etag": self.file.etag, "done": done}
-        temporary = self.note.with_name(f".{self.note.name}.{os.getpid()}")
-        with translated_os_errors(self.note):
+        temporary = _temporary(self.note)
+        with translated_os_errors(self.note), self._note_lock:
+            if self._finished:
+                return
             temporary.write_text(json.dumps(note), encoding="utf-8")
             temporary.replace(self.note)
         self._saved = done
+
+    def flush(self) -> None:
+        """Bring to the disk what was written since the last time. Raises DoesNotFitError, DynrunError."""
+        with self._lock:
+            done = self._done
+        if done is self._flushed:
+            return
+        # It may have become the blob meanwhile, which is on the disk.
+        with translated_os_errors(self.path), suppress(FileNotFoundError), self.path.open("r+b") as stream:
+            _sync(stream.fileno())
+        self._flushed = done
 
     def finish(self) -> None:
         """All bytes are there and right: they become the blob."""
         with translated_os_errors(self._blob):
             with self.path.open("r+b") as stream:
                 os.fsync(stream.fileno())
-            self.path.replace(self._blob)
-        self.note.unlink(missing_ok=True)
+            with self._note_lock:
+                self._finished = True
+                self.path.replace(self._blob)
+                forget_note(self._blob)
 
     def discard(self) -> None:
         """Start anew: the bytes were wrong."""
@@ -119,6 +139,18 @@ class Part:
             if (note["etag"], note["size"]) == (self.file.etag, self.file.size) and edges == sorted(edges):
                 return done if edges[-1] <= self.file.size else []
         return []
+
+
+def _temporary(note: Path) -> Path:
+    """Where a note is written; one name, as one process at a time fetches a file."""
+    return note.with_name(f".{note.name}.new")
+
+
+def forget_note(blob: Path) -> None:
+    """Remove what a run that was killed behind its last byte left beside ``blob``, which is whole."""
+    note = blob.with_name(blob.name + NOTE_SUFFIX)
+    note.unlink(missing_ok=True)
+    _temporary(note).unlink(missing_ok=True)
 
 
 def stale_parts(blobs: Path, path: str | None, etag: str = "") -> list[Path]:

@@ -15,7 +15,7 @@ from dynrun.hub import cache
 from dynrun.hub.errors import errors_for_people
 from dynrun.hub.files import RemoteFile, amount
 from dynrun.hub.http import CONNECT_S
-from dynrun.hub.part import Part, stale_parts
+from dynrun.hub.part import Part, forget_note, stale_parts
 from dynrun.hub.repository import fetch_repository
 from dynrun.hub.source import ChangedError
 from dynrun.hub.transfer import Progress, Transfer, TransferSettings
@@ -69,6 +69,8 @@ def pull(
     else:
         raise NetworkError(f"{files[0].repository} changes again and again", fix="try again later")
     pulled = [PulledFile(cache.place(file), file.size, file.sha256) for file in files]
+    for file in files:
+        forget_note(cache.blob_path(file))
     cache.set_ref(files[0].repository, revision, files[0].commit)
     return Pulled(tuple(pulled), counts.resumed, counts.fetched, time.monotonic() - started)
 

@@ -11,7 +11,7 @@ from dynrun.hub.files import RemoteFile
 from dynrun.hub.http import PASSING, hub_client, wait_asked_for
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
 _ATTEMPTS = 5
 
@@ -53,7 +53,7 @@ class RangeReader:
 
     def _try(self, offset: int, length: int, *, last: bool) -> bytes | float | None:
         """The bytes, or the seconds to wait before the next try (None: as usual)."""
-        import httpx
+        import httpx2
 
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         try:
@@ -64,7 +64,7 @@ class RangeReader:
                     code = response.headers.get("X-Error-Code", "")
                     raise refusal(self.file.repository, response.status_code, code)
                 return _body(response, offset, length)
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             if last:
                 raise NetworkError(
                     f"{self.file.path} of {self.file.repository} could not be read: {reason(error)}",
@@ -73,7 +73,7 @@ class RangeReader:
             return None
 
 
-def _body(response: httpx.Response, offset: int, length: int) -> bytes:
+def _body(response: httpx2.Response, offset: int, length: int) -> bytes:
     """The wanted bytes; of a server without ranges, which sends all from the start, no more than up to their end."""
     skip = offset if response.status_code == 200 else 0
     found = bytearray()

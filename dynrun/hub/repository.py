@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from huggingface_hub import RepoFile
 
 MAIN = "main"
+_MOST_FILES, _MOST_BYTES = 100_000, 1 << 50
 _NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -28,11 +30,14 @@ def fetch_repository(name: str, revision: str = MAIN) -> Repository:
     api = HfApi()
     with errors_for_people(name):
         info = api.model_info(name, revision=revision, timeout=30.0)
-        tree = list(api.list_repo_tree(name, recursive=True, revision=info.sha))
-    commit = _hex(info.sha or "", 40, f"the commit of {name}")
-    # The Hub's spelling: names are found in any case, and by old names, and the cache knows one.
-    listed = _checked_name(info.id or name)
-    files = [_remote_file(listed, commit, entry) for entry in tree if isinstance(entry, RepoFile)]
+        # Pages follow each other for as long as the server says so.
+        tree = list(islice(api.list_repo_tree(name, recursive=True, revision=info.sha), _MOST_FILES + 1))
+        if len(tree) > _MOST_FILES:
+            raise _distrusted(f"the repository {name} lists more than {_MOST_FILES:,} files")
+        commit = _hex(info.sha or "", 40, f"the commit of {name}")
+        # The Hub's spelling: names are found in any case, and by old names, and the cache knows one.
+        listed = _checked_name(info.id or name)
+        files = [_remote_file(listed, commit, entry) for entry in tree if isinstance(entry, RepoFile)]
     return Repository(listed, commit, revision, tuple(files))
 
 
@@ -40,9 +45,11 @@ def _remote_file(repository: str, commit: str, entry: RepoFile) -> RemoteFile:
     path = entry.path
     if not stays_inside(path):
         raise _distrusted(f"the repository {repository} has a file named {path[:80]!r}, which leaves its folder")
+    if not (isinstance(entry.size, int) and 0 <= entry.size < _MOST_BYTES):
+        raise _distrusted(f"the repository {repository} says that {path[:80]} has {str(entry.size)[:20]} bytes")
     sha256 = _hex(entry.lfs.sha256, 64, f"the hash of {path}") if entry.lfs else ""
     etag = sha256 or _hex(entry.blob_id, 40, f"the hash of {path}")
-    return RemoteFile(repository, commit, path, entry.size, etag, sha256, entry.xet_hash or "")
+    return RemoteFile(repository, commit, path, entry.size, etag, sha256, str(entry.xet_hash or ""))
 
 
 def stays_inside(path: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from dynrun.hub.errors import errors_for_people
+from dynrun.hub.repository import is_name
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ def search(words: str, *, limit: int = 40) -> list[Hit]:
             expand=["downloads", "likes", "gated", "lastModified"],
         )
         return [
-            Hit(model.id, model.downloads or 0, model.likes or 0, bool(model.gated), model.last_modified)
+            Hit(model.id, int(model.downloads or 0), int(model.likes or 0), bool(model.gated), model.last_modified)
+            # What a server calls a repository is shown on the terminal.
             for model in found
+            if is_name(model.id)
         ]

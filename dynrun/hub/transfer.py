@@ -2,8 +2,8 @@
 
 Takes parts (:mod:`dynrun.hub.part`) and gives blobs. What came is kept, whatever happens: a broken connection goes on
 at its byte, wrong bytes cost the file that they are in. Threads: ``connections`` that fetch pieces, in the order of the
-files so that few are open at a time; some that hash behind them, while the bytes are still in memory; the caller's,
-which writes notes and shows progress.
+files so that few are open at a time; some that hash behind them, while the bytes are still in memory; one that brings
+them to the disk, so that little is left of that at the end; the caller's, which writes notes and shows progress.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from dynrun.artifacts import translated_os_errors
 from dynrun.errors import DynrunError, NetworkError
 from dynrun.hub.http import STALL_S
 from dynrun.hub.part import Part
+from dynrun.hub.piece import Piece
 from dynrun.hub.source import HttpSource, Incoming, PassingError
 from dynrun.hub.xet import XetSource
 
@@ -30,12 +32,15 @@ _HASH_BYTES = 4 << 20
 _POLL_S = 0.02
 _SHOW_S = 0.1
 _SAVE_S = 1.0
+# Connections are added while less than this comes in: where few bring all that a machine can take, more cost only CPU.
+_ENOUGH_BYTES_S = 300e6
+_GROW_S = 0.25
+_GROW_BY = 2
+_FLUSH_S = 0.5
 _END_S = 0.5
 _SPLIT_POLL_S = 1.0
 # Less than this is not worth another connection.
-_SPLIT_BYTES = 2 << 20
-# More than httpx hands on at a time.
-_LONGEST_CHUNK = 128 << 10
+_SPLIT_BYTES = 8 << 20
 # How long what went wrong is shown.
 _NOTE_S = 5.0
 _LONGEST_BACKOFF_S = 30.0
@@ -79,38 +84,6 @@ class Progress:
     note: str = ""
 
 
-@dataclass
-class _Piece:
-    """Bytes [position, end) of ``part`` are somebody's to fetch; the answer that is coming in ends at ``stop``."""
-
-    part: Part
-    position: int
-    end: int
-    stop: int = 0
-    start: int = 0
-    started: float = 0.0
-
-    def begin(self) -> None:
-        """The clock runs."""
-        self.start, self.started = self.position, time.monotonic()
-
-    def seconds_left(self, at_least: float) -> float:
-        """At the rate so far; none where the clock runs for less than ``at_least``: that tells no rate."""
-        elapsed = time.monotonic() - self.started
-        rate = (self.position - self.start) / max(elapsed, 1e-3)
-        return (self.end - self.position) / max(rate, 1.0) if elapsed >= at_least else 0.0
-
-    def halve(self) -> _Piece:
-        """The second half, for somebody else. The first ends a little after the middle, at which its answer is left.
-
-        An answer comes in chunks, which do not end where one likes: so nothing is fetched twice.
-        """
-        self.stop = (self.position + self.end) // 2
-        rest = _Piece(self.part, self.stop + _LONGEST_CHUNK, self.end)
-        self.end = rest.position
-        return rest
-
-
 class _StoppedError(Exception):
     pass
 
@@ -126,14 +99,15 @@ class Transfer:
         self._source = XetSource(http, settings.stall_s)
         self._lock = threading.Condition()
         self._queue = deque(piece for part in parts for piece in self._pieces(part))
-        self._active: list[_Piece] = []
+        self._active: list[Piece] = []
         # Files of a server without ranges: one connection each.
-        self._whole: dict[Part, _Piece] = {}
+        self._whole: dict[Part, Piece] = {}
         self._unhashed = deque(parts)
         self._checked: set[Part] = set()
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._fetched = 0
+        self._wanted = _GROW_BY
         self._note, self._noted = "", 0.0
 
     @property
@@ -150,7 +124,9 @@ class Transfer:
         """
         for part in self._parts:
             part.prepare()
-        work = [self._fetch_all] * self._settings.connections + [self._hash_all] * min(_HASHERS, len(self._parts))
+        count = self._settings.connections
+        work: list[Callable[[], None]] = [partial(self._fetch_all, number) for number in range(count)]
+        work += [self._hash_all] * min(_HASHERS, len(self._parts)) + [self._flush_all]
         threads = [threading.Thread(target=self._guard, args=(loop,), daemon=True) for loop in work]
         try:
             for thread in threads:
@@ -172,14 +148,26 @@ class Transfer:
         self._note, self._noted = note, time.monotonic()
 
     def _attend(self, watch: Callable[[Progress], None]) -> None:
-        saved = time.monotonic()
+        saved = grown = time.monotonic()
+        fetched = 0
         while len(self._checked) < len(self._parts) and self._error is None:
             watch(self.progress())
-            if time.monotonic() - saved >= _SAVE_S:
+            now = time.monotonic()
+            if now - saved >= _SAVE_S:
                 self._save()
-                saved = time.monotonic()
+                saved = now
+            if now - grown >= _GROW_S:
+                self._grow((self._fetched - fetched) / (now - grown))
+                grown, fetched = now, self._fetched
             with self._lock:
                 self._lock.wait(_SHOW_S)
+
+    def _grow(self, bytes_s: float) -> None:
+        """Let more connections begin, unless what comes in is enough."""
+        if bytes_s < _ENOUGH_BYTES_S:
+            with self._lock:
+                self._wanted += _GROW_BY
+                self._lock.notify_all()
 
     def _end(self, threads: Sequence[threading.Thread]) -> None:
         with self._lock:
@@ -212,21 +200,24 @@ class Transfer:
                 self._stop.set()
                 self._lock.notify_all()
 
-    def _pieces(self, part: Part) -> Iterator[_Piece]:
+    def _pieces(self, part: Part) -> Iterator[Piece]:
         """The gaps of ``part``, cut into pieces at multiples of their size."""
         step = self._settings.piece_bytes
         for start, end in part.gaps():
             edges = [start, *range((start // step + 1) * step, end, step), end]
-            yield from (_Piece(part, a, b) for a, b in pairwise(edges))
+            yield from (Piece(part, a, b) for a, b in pairwise(edges))
 
-    def _fetch_all(self) -> None:
+    def _fetch_all(self, number: int) -> None:
+        with self._lock:
+            while number >= self._wanted and not self._stop.is_set():
+                self._lock.wait()
         while (piece := self._next_piece()) is not None:
             self._fetch(piece)
             with self._lock:
                 self._active.remove(piece)
                 self._lock.notify_all()
 
-    def _next_piece(self) -> _Piece | None:
+    def _next_piece(self) -> Piece | None:
         """A piece of the queue, or the second half of the slowest; None at the end of all."""
         with self._lock:
             while not self._stop.is_set() and len(self._checked) < len(self._parts):
@@ -238,7 +229,7 @@ class Transfer:
                 self._lock.wait(_SPLIT_POLL_S)
         return None
 
-    def _split(self) -> _Piece | None:
+    def _split(self) -> Piece | None:
         seconds = self._settings.split_s
         found = [piece for piece in self._active if piece.part not in self._whole]
         slowest = max(found, key=lambda piece: piece.seconds_left(seconds / 4), default=None)
@@ -246,7 +237,7 @@ class Transfer:
             return None
         return slowest.halve() if slowest.end - slowest.position >= _SPLIT_BYTES else None
 
-    def _fetch(self, piece: _Piece) -> None:
+    def _fetch(self, piece: Piece) -> None:
         failures = refusals = 0
         while piece.position < piece.end:
             before = piece.position
@@ -269,7 +260,7 @@ class Transfer:
             often = failures >= self._settings.attempts or refusals >= self._settings.refusals
             self._wait(piece, failure, failures, often=often)
 
-    def _claim(self, piece: _Piece) -> bool:
+    def _claim(self, piece: Piece) -> bool:
         """The server sends all of the file: this connection takes all of it, unless another one does."""
         part = piece.part
         with self._lock:
@@ -280,7 +271,7 @@ class Transfer:
                 piece.stop = piece.end
             return self._whole[part] is piece
 
-    def _receive(self, piece: _Piece, incoming: Incoming) -> None:
+    def _receive(self, piece: Piece, incoming: Incoming) -> None:
         """Write what comes in, to the end of the piece, which another connection may bring nearer meanwhile."""
         part, at = piece.part, incoming.start
         with translated_os_errors(part.path), part.path.open("r+b", buffering=0) as stream:
@@ -298,7 +289,7 @@ class Transfer:
                 if piece.position >= piece.stop:
                     return
 
-    def _wait(self, piece: _Piece, error: PassingError, failures: int, *, often: bool) -> None:
+    def _wait(self, piece: Piece, error: PassingError, failures: int, *, often: bool) -> None:
         """Wait before trying again; raise what is to be said where that was done often enough."""
         if self._stop.is_set():
             raise _StoppedError
@@ -313,6 +304,12 @@ class Transfer:
         self._tell(f"{file.name}: {error}; trying again in {seconds:.0f} s")
         if self._stop.wait(seconds):
             raise _StoppedError
+
+    def _flush_all(self) -> None:
+        while not self._stop.wait(_FLUSH_S):
+            for part in self._parts:
+                if part not in self._checked:
+                    part.flush()
 
     def _hash_all(self) -> None:
         while not self._stop.is_set():

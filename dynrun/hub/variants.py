@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 
 from dynrun.errors import DynrunError, NotFoundError, UsageError
 from dynrun.hub.files import RemoteFile, Shelf, Variant
 
 MMPROJ, MTP, IMATRIX = "mmproj", "mtp", "imatrix"
 UNSLOTH_DYNAMIC = "UD-"
+_MOST_MISSING = 20
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})", re.DOTALL)
 _COMPANIONS = {
     MMPROJ: MMPROJ,
@@ -42,7 +44,9 @@ def shelve(files: Sequence[RemoteFile]) -> Shelf:
     companions: dict[str, list[Variant]] = {}
     for (stem, count), shards in groups.items():
         shards.sort(key=lambda shard: shard[0])
-        missing = tuple(sorted({*range(1, count + 1)} - {number for number, _ in shards}))
+        here = {number for number, _ in shards}
+        # A name may speak of 99,999 shards: the first that lack say enough.
+        missing = tuple(islice((number for number in range(1, count + 1) if number not in here), _MOST_MISSING))
         variant = Variant(label_of_path(stem), tuple(file for _, file in shards), missing)
         kind = companion_kind(stem)
         (companions.setdefault(kind, []) if kind else quants).append(variant)
