@@ -2,6 +2,7 @@
 
 usage: hf_models.py demo GGUF OUT       the GGUF's own weights and tokenizer, as transformers saves them
        hf_models.py tiny TOKENIZER OUT  tiny random models of several architectures, and their logits for some tokens
+       hf_models.py parts TOKENIZER OUT tiny random models: gemma3 with its image encoder; glm4_moe, for an MTP head
 """
 
 import json
@@ -127,5 +128,49 @@ def add_tokenizer(name: str, known: Path, folder: Path) -> None:
     (folder / "tokenizer.vocab").unlink()
 
 
+GLM = {
+    **MOE,
+    "vocab_size": 49160,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "attention_bias": True,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+
+
+def parts(tokenizer: Path, out: Path) -> None:
+    """What has more than a language model, or can be given more."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Glm4MoeConfig(**{**SMALL, **GLM}))
+    model.to(torch.bfloat16).save_pretrained(out / "glm4_moe")
+    add_tokenizer("glm4_moe", tokenizer, out / "glm4_moe")
+    path = out / "glm4_moe" / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for i, text in enumerate(("[gMASK]", "<|user|>", "<|observation|>")):
+        settings["added_tokens"].append({"id": 49152 + i, "content": text, "special": True, **flags})
+    path.write_text(json.dumps(settings))
+    text = {**SMALL, **ARCHITECTURES["gemma3"][2]}
+    tokens = {"boi_token_index": 400, "eoi_token_index": 401, "image_token_index": 402}
+    config = transformers.Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4, **tokens)
+    transformers.Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(out / "gemma3")
+    add_tokenizer("gemma3", tokenizer, out / "gemma3")
+    processor = {"image_seq_length": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (out / "gemma3" / "preprocessor_config.json").write_text(json.dumps(processor))
+    template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (out / "gemma3" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+
+
 if __name__ == "__main__":
-    {"demo": demo, "tiny": tiny}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+    {"demo": demo, "tiny": tiny, "parts": parts}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

@@ -38,6 +38,33 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[int, ...]], dtype:
     return path
 
 
+def save_tensors(path: Path, tensors: Mapping[str, tuple[str, np.ndarray]]) -> Path:
+    """Types as the format names them, and arrays of their bits: uint16 for BF16, uint8 for F8_E4M3."""
+    header, at = {}, 0
+    for name, (dtype, array) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    text = json.dumps(header).encode()
+    data = b"".join(np.ascontiguousarray(array).tobytes() for _, array in tensors.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def load_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
+    """The reverse, of types with a whole number of bytes."""
+    kinds = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F8_E4M3": "u1", "U8": "u1", "I32": "<i4", "I64": "<i8"}
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        array = np.frombuffer(data[begin:end], dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
+        found[name] = (entry["dtype"], array)
+    return found
+
+
 def llama_shapes(config: Mapping[str, Any] = LLAMA_CONFIG) -> dict[str, tuple[int, ...]]:
     """The tensors of a llama of this configuration."""
     d, ff, n_vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]

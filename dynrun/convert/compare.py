@@ -1,112 +1,102 @@
-"""Is the GGUF the same model? Tensors against the safetensors, metadata against config.json.
+"""Is the GGUF the same model? Its tensors against those of the safetensors.
 
 Names are mapped by gguf-py's own table. A converter may stack, split, fuse and transpose, so elements are counted: of
-each tensor that keeps its identity, and of all others together. Reads headers only; logits.py compares what they do.
+each tensor that keeps its identity, and of all others together. Reads headers only; `dynrun lint` looks at the
+metadata, logits.py at what they do.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dynrun.convert.folder import Source
-from dynrun.convert.plan import packed_elements
-from dynrun.convert.stored import StoredTensor
+from dynrun.convert.weights import Weight, is_mtp, weights_of
 from dynrun.errors import DynrunError
-from dynrun.gguf.header import Header, read_header
+from dynrun.gguf.header import Header, TensorInfo, read_header
 
-# Derived, or of no use to llama.cpp (prepare_tensors and dequant_model of conversion/base.py).
-_IGNORED = re.compile(
-    r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$|\.masked_bias$|_scale(_inv|_2)?$|_scales$|_zero_point$|"
-    r"\.(qzeros|g_idx|weight_shape)$"
-)
-# Of other parts than the language model: they go into the mmproj, or nowhere.
-_OTHER_PARTS = re.compile(
-    r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projector|image_newline|embed_(vision|audio)\w*)\."
-)
 # Written from the configuration, not from tensors.
 _DERIVED = re.compile(r"rope_(freqs|factors_\w+)\.weight$|\.(input_)?scale$")
+# Of a model, and of an mmproj's two.
+_ENCODERS = ("", "vision.", "audio.")
 # So much of the source may be missing before it is another model: padding of a vocabulary.
 _LOST_SHARE = 0.01
-
-# config.json's key → GGUF's, without the architecture.
-_KEYS: Mapping[str, str] = {
-    "hidden_size": "embedding_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "intermediate_size": "feed_forward_length",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-    "num_experts_per_tok": "expert_used_count",
-    "num_experts": "expert_count",
-    "num_local_experts": "expert_count",
-    "n_routed_experts": "expert_count",
-}
 
 
 @dataclass(frozen=True)
 class _Account:
-    """``pairs``: tensors of the result and the elements that they and their sources have; ``left``: sources, ``extra``:
-    results that nothing of the other side answers to."""
+    """``pairs``: tensors of the result and what they were made of; ``left``: sources, ``extra``: results that nothing
+    of the other side answers to; ``mtp``: MTP layers that the result is without; ``total``: elements of the source."""
 
-    pairs: Mapping[str, tuple[int, int]]
-    left: tuple[StoredTensor, ...]
+    pairs: Mapping[str, Sequence[Weight]]
+    left: tuple[Weight, ...]
     extra: tuple[str, ...]
+    mtp: tuple[Weight, ...]
+    total: int
 
 
-def compare(path: Path, source: Source) -> list[str]:
-    """What differs between the converted GGUF at ``path`` and its source, in words; nothing mostly.
+def compare(path: Path, source: Source, part: str = "model") -> list[str]:
+    """What differs between the converted GGUF at ``path`` and ``part`` of its source, in words; nothing mostly.
 
-    Raises DynrunError where weights are missing.
+    Raises DynrunError where weights of a model are missing.
     """
     header = read_header(path)
-    account = _account(header, source)
-    findings = [
-        f"{name} has {got:,} elements of {wanted:,}" for name, (got, wanted) in account.pairs.items() if got != wanted
-    ]
-    left, extra = sum(t.n_elements for t in account.left), _elements(header, account.extra)
+    account = _account(header, source, part)
+    findings = [said for name, weights in account.pairs.items() if (said := _differs(header.tensors[name], weights))]
+    left, extra = _sum(account.left), sum(header.tensors[name].n_elements for name in account.extra)
     if left != extra:
-        first = min((t.name for t in account.left), default="") or min(account.extra)
+        first = min((weight.name for weight in account.left), default="") or min(account.extra)
         findings.append(f"{left:,} elements of the source became {extra:,}: {first} and others")
-    lost = sum(max(0, wanted - got) for got, wanted in account.pairs.values()) + max(0, left - extra)
-    total = sum(tensor.n_elements for tensor in _relevant(source))
-    if packed_elements(source.config) == 1 and lost > _LOST_SHARE * total:
+    lost = max(0, left - extra) + sum(
+        max(0, _sum(weights) - header.tensors[name].n_elements) for name, weights in account.pairs.items()
+    )
+    if part == "model" and lost > _LOST_SHARE * account.total:
         raise DynrunError(
-            f"the converter left out {lost:,} of {total:,} weights of {source.folder}: {findings[0]}",
+            f"the converter left out {lost:,} of {account.total:,} weights of {source.folder}: {findings[0]}",
             fix="report it; take a GGUF of the model, if there is one",
         )
-    return findings + list(differing_metadata(header, source.config))
+    if account.mtp:
+        findings.append(f"the converter leaves out this architecture's MTP head ({_sum(account.mtp):,} elements)")
+    return findings
 
 
-def _relevant(source: Source) -> Iterator[StoredTensor]:
-    for name, tensor in source.tensors.items():
-        if not _IGNORED.search(name) and not _OTHER_PARTS.search(name):
-            yield tensor
+def _sum(weights: Iterable[Weight]) -> int:
+    return sum(weight.n_elements for weight in weights)
 
 
-def _elements(header: Header, names: tuple[str, ...]) -> int:
-    return sum(header.tensors[name].n_elements for name in names)
+def _differs(tensor: TensorInfo, weights: Sequence[Weight]) -> str:
+    """Of a tensor and what it was made of; "" where they agree. Transposed and squeezed is no difference."""
+    if (wanted := _sum(weights)) != tensor.n_elements:
+        return f"{tensor.name} has {tensor.n_elements:,} elements of {wanted:,}"
+    if len(weights) == 1 and not weights[0].is_packed and _sizes(weights[0].shape) != _sizes(tensor.shape):
+        return f"{tensor.name} has the shape {tensor.shape}, {weights[0].name} {weights[0].shape}"
+    return ""
 
 
-def _account(header: Header, source: Source) -> _Account:
+def _sizes(shape: Iterable[int]) -> list[int]:
+    return sorted(n for n in shape if n > 1)
+
+
+def _account(header: Header, source: Source, part: str) -> _Account:
     names = _NameMap(header)
-    wanted: dict[str, int] = {}
-    left = []
-    for tensor in _relevant(source):
-        target = names.target(tensor.name)
+    pairs: dict[str, list[Weight]] = {}
+    left, mtp, total = [], [], 0
+    takes_mtp = f"{header.architecture}.nextn_predict_layers" in header.metadata
+    for weight in weights_of(source, part):
+        if not takes_mtp and is_mtp(weight.name, source.config):
+            mtp.append(weight)
+            continue
+        total += weight.n_elements
+        target = names.target(weight.name)
         if target is not None and target in header.tensors:
-            wanted[target] = wanted.get(target, 0) + tensor.n_elements
+            pairs.setdefault(target, []).append(weight)
         elif target != "output.weight":
-            left.append(tensor)
+            left.append(weight)
     # Without an output of its own the model is tied: the source's is the embedding's twin.
-    pairs = {name: (header.tensors[name].n_elements, n) for name, n in wanted.items()}
-    extra = [name for name in header.tensors if name not in wanted and not _DERIVED.search(name)]
-    return _Account(pairs, tuple(left), tuple(extra))
+    extra = [name for name in header.tensors if name not in pairs and not _DERIVED.search(name)]
+    return _Account(pairs, tuple(left), tuple(extra), tuple(mtp), total)
 
 
 class _NameMap:
@@ -116,7 +106,8 @@ class _NameMap:
         import gguf
 
         known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-        blocks = int(header.metadata.get(f"{header.architecture}.block_count", 0))
+        counts = (header.metadata.get(f"{header.architecture}.{kind}block_count", 0) for kind in _ENCODERS)
+        blocks = max(map(int, counts))
         arch = known.get(header.architecture)
         self._map = gguf.get_tensor_name_map(arch, blocks) if arch is not None else None
 
@@ -132,21 +123,3 @@ class _NameMap:
         # Some experts are stacked already, and have no suffix.
         found = self._map.get_name(stacked)
         return f"{found}.weight" if found else None
-
-
-def differing_metadata(header: Header, config: Mapping[str, Any]) -> Iterator[str]:
-    """Where the GGUF's metadata says other sizes than config.json."""
-    text = config.get("text_config")
-    text = text if isinstance(text, dict) else config
-    for key, ours in _KEYS.items():
-        said, got = text.get(key), header.metadata.get(f"{header.architecture}.{ours}")
-        # Multi-head latent attention is written as attention with one key-value head; arrays are of each layer.
-        if "kv_lora_rank" in text and ours == "attention.head_count_kv":
-            continue
-        if isinstance(said, int | float) and isinstance(got, int | float) and not math.isclose(said, got, rel_tol=1e-6):
-            yield f"{key} is {said} in config.json and {got} in the GGUF"
-    layers, blocks = text.get("num_hidden_layers"), header.metadata.get(f"{header.architecture}.block_count")
-    if isinstance(layers, int) and isinstance(blocks, int):
-        more = text.get("num_nextn_predict_layers") or text.get("mtp_num_hidden_layers") or 0
-        if blocks not in (layers, layers + more):
-            yield f"num_hidden_layers is {layers} in config.json and the GGUF has {blocks} blocks"

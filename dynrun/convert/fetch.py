@@ -5,6 +5,7 @@ Of a repository only what a conversion reads comes here: no code, no pickles, no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from dynrun.convert.environment import Say
 from dynrun.convert.folder import wanted_of
 from dynrun.errors import NetworkError, NotFoundError
 from dynrun.gguf.tensor_types import FULL_PRECISION
-from dynrun.hub.files import RemoteFile, Repository
+from dynrun.hub.files import RemoteFile, Repository, Variant
 
 if TYPE_CHECKING:
     from dynrun.hub.resolve import HubName
@@ -34,31 +35,61 @@ def reference_source(model: str, say: Say) -> Path | None:
     Fetched first, or what is here of it where there is no network. None where ``model`` names a quant, or no
     repository, or one with neither.
     """
+    if (name := _whole_repository(model)) is None:
+        return None
+    try:
+        repository, variant = _found(name)
+    except NetworkError:
+        return _snapshot_here(name.repository)
+    if variant is None:
+        return _pull_folder(repository, say) if _has_weights(repository) else None
+    from dynrun.hub.pull import pull
+
+    say(f"{repository.name} has a {variant.label} GGUF, which is taken; `dynrun convert` would make one of safetensors")
+    return pull(variant.files, repository.revision, say=say).files[0].path
+
+
+def missing_files(model: str) -> list[RemoteFile]:
+    """What :func:`reference_source` would fetch: nothing where all is here, or where there is no network."""
+    from dynrun.hub.cache import is_here
+
+    if (name := _whole_repository(model)) is None:
+        return []
+    try:
+        repository, variant = _found(name)
+    except NetworkError:
+        return []
+    files: Sequence[RemoteFile] = ()
+    if variant is not None:
+        files = variant.files
+    elif _has_weights(repository):
+        files = conversion_files(repository)
+    return [file for file in files if not is_here(file)]
+
+
+def _whole_repository(model: str) -> HubName | None:
+    """The repository that ``model`` names, if it is one and no quant of it."""
     from dynrun.hub.resolve import parse_name
 
     if "/" not in model or Path(model).expanduser().exists() or Path(model).is_absolute() or model.startswith("."):
         return None
     name = parse_name(model)
-    return None if name.quant else _fetch_source(name, say)
+    return None if name.quant else name
 
 
-def _fetch_source(name: HubName, say: Say) -> Path | None:
-    from dynrun.hub.pull import pull
+def _found(name: HubName) -> tuple[Repository, Variant | None]:
+    """The repository, and its GGUF of full precision where it has one."""
     from dynrun.hub.repository import fetch_repository
     from dynrun.hub.variants import shelve
 
-    try:
-        repository = fetch_repository(name.repository, name.revision)
-    except NetworkError:
-        return _snapshot_here(name.repository)
-    whole = [one for one in shelve(repository.files).quants if one.label in FULL_PRECISION and len(one.files) == 1]
-    if not whole:
-        has_weights = any(file.path.endswith(".safetensors") for file in repository.files)
-        return _pull_folder(repository, say) if has_weights else None
+    repository = fetch_repository(name.repository, name.revision)
+    whole = [one for one in shelve(repository.files).quants if one.label in FULL_PRECISION and not one.missing]
     # The best of them: BF16 is what most models are released in.
-    best = min(whole, key=lambda one: ("BF16", "F16", "F32").index(one.label))
-    say(f"{repository.name} has a {best.label} GGUF, which is taken; `dynrun convert` would make one of safetensors")
-    return pull(best.files, repository.revision, say=say).files[0].path
+    return repository, min(whole, key=lambda one: ("BF16", "F16", "F32").index(one.label), default=None)
+
+
+def _has_weights(repository: Repository) -> bool:
+    return any(file.path.endswith(".safetensors") for file in repository.files)
 
 
 def _snapshot_here(repository: str) -> Path | None:

@@ -9,14 +9,13 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dynrun.convert.folder import Source
-from dynrun.convert.stored import StoredTensor
-from dynrun.errors import DoesNotFitError
+from dynrun.convert.weights import Weight, is_mtp, weights_of
+from dynrun.errors import MALFORMED, DoesNotFitError, UsageError
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # Stored in another form, weights are unpacked to BF16, which has the range of all of them.
@@ -49,14 +48,20 @@ class ConversionPlan:
         return self.out_type.upper()
 
 
-def plan_conversion(source: Source) -> ConversionPlan:
-    """What converting ``source`` will need. The precision is the one that most of its weights are stored in."""
-    out_type = out_type_of(source.tensors)
-    packed = packed_elements(source.config)
-    size = sum(_result_bytes(tensor, out_type, packed) for tensor in source.tensors.values())
-    size += _METADATA_BYTES + _tokenizer_bytes(source.files)
-    working = _largest(source.tensors) * _WORKING_BYTES[out_type]
-    return ConversionPlan(out_type, size, int(_BASE_BYTES + working))
+def plan_conversion(source: Source, part: str = "model") -> ConversionPlan:
+    """What converting ``part`` of ``source`` will need. The precision is that of most of its weights.
+
+    Raises UsageError where an MTP head is wanted of a source that has none: the converter would write the rest.
+    """
+    if part == "mtp" and not any(is_mtp(name, source.config) for name in source.tensors):
+        raise UsageError(f"{source.folder} has no MTP head", fix="leave --part out")
+    # Names of image encoders are many: of one that is not known the whole model is the limit.
+    weights = list(weights_of(source, part)) or list(weights_of(source))
+    out_type = out_type_of(weights)
+    size = sum(_result_bytes(weight, out_type) for weight in weights) + _METADATA_BYTES
+    if part != "mmproj":
+        size += _tokenizer_bytes(source.files)
+    return ConversionPlan(out_type, size, int(_BASE_BYTES + _largest(weights) * _WORKING_BYTES[out_type]))
 
 
 def following_bytes(source: Source, n_files: int) -> int:
@@ -73,38 +78,25 @@ def following_bytes(source: Source, n_files: int) -> int:
     return sum(inputs.values()) + int(n_files * _FILE_SHARE * reference)
 
 
-def _largest(tensors: Mapping[str, StoredTensor]) -> int:
+def _largest(weights: Sequence[Weight]) -> int:
     """Elements of the largest tensor that will be written: the experts of a layer are stacked."""
     stacked: Counter[str] = Counter()
-    for name, tensor in tensors.items():
-        stacked[_EXPERT.sub(".experts.", name)] += tensor.n_elements
+    for weight in weights:
+        stacked[_EXPERT.sub(".experts.", weight.name)] += weight.n_elements
     return max(stacked.values(), default=0)
 
 
-def out_type_of(tensors: Mapping[str, StoredTensor]) -> str:
+def out_type_of(weights: Iterable[Weight]) -> str:
     """The converter's output type that keeps the precision of most of the matrices' elements."""
     counted: Counter[str] = Counter()
-    for tensor in tensors.values():
-        if len(tensor.shape) > 1:
-            counted[_OUT_TYPES.get(tensor.dtype, "bf16")] += tensor.n_elements
+    for weight in weights:
+        if len(weight.shape) > 1:
+            counted[_OUT_TYPES.get(weight.dtype, "bf16")] += weight.n_elements
     return counted.most_common(1)[0][0] if counted else "f16"
 
 
-def packed_elements(config: Mapping[str, Any]) -> int:
-    """Elements in one byte of a packed tensor, by the configuration's own word; 1 where nothing is packed."""
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict):
-        return 1
-    bits = quantization.get("bits") or (4 if "fp4" in str(quantization.get("quant_method", "")) else 8)
-    return max(1, 8 // int(bits)) if isinstance(bits, int) else 1
-
-
-def _result_bytes(tensor: StoredTensor, out_type: str, packed: int) -> int:
-    if len(tensor.shape) < 2:
-        return 4 * tensor.n_elements
-    if packed > 1 and tensor.dtype in ("I32", "U8", "I8"):
-        return tensor.nbytes * packed * _ELEMENT_BYTES[out_type]
-    return tensor.n_elements * _ELEMENT_BYTES[out_type]
+def _result_bytes(weight: Weight, out_type: str) -> int:
+    return weight.kept_bytes or weight.n_elements * (4 if len(weight.shape) < 2 else _ELEMENT_BYTES[out_type])
 
 
 def _tokenizer_bytes(files: Mapping[str, Path]) -> int:
@@ -116,7 +108,7 @@ def _tokenizer_bytes(files: Mapping[str, Path]) -> int:
     try:
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
         tokens, merges = list(model["vocab"]), model.get("merges", ())
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except MALFORMED:
         return path.stat().st_size
     names = [one if isinstance(one, str) else str(one[0]) for one in tokens]
     joined = [one if isinstance(one, str) else " ".join(map(str, one)) for one in merges]

@@ -69,9 +69,9 @@ def convert(
     names code of its own and nobody said what to do with it; DoesNotFitError; DynrunError with the converter's reason.
     """
     source = read_folder(folder)
-    checked_part(wishes.part)
+    part = checked_part(wishes.part)
     found = known_conversion(source, wishes)
-    plan = plan_conversion(source)
+    plan = plan_conversion(source, part)
     check_code(source, wishes, known=found.complete)
 
     def work(stage: StageFolder) -> Mapping[str, Any]:
@@ -91,7 +91,7 @@ def plan_of(folder: Path, wishes: Wishes) -> dict[str, Any]:
     source, part = read_folder(folder), checked_part(wishes.part)
     known = known_conversion(source, wishes).complete
     check_code(source, wishes, known=known)
-    plan = plan_conversion(source)
+    plan = plan_conversion(source, part)
     return {
         "architecture": source.architecture,
         "type": plan.type_name,
@@ -164,7 +164,7 @@ def _convert(
         _run(source, shown, made, plan, wishes, environment, progress)
         # The converter puts a prefix before the name of a part.
         written = next((path for path in sorted(work.glob("*.gguf"))), made)
-        findings = compare(written, source) if wishes.part == "model" else []
+        findings = compare(written, source, wishes.part)
         name = _file_name(source, plan, wishes.part)
         with written.open("r+b") as stream_:
             os.fsync(stream_.fileno())
@@ -224,4 +224,4 @@ def _run(
     argv = environment.command(_SCRIPT, vendor, policy, *arguments)
     done = stream(argv, watch, log=log, env=environment.variables(home), cwd=home, check=False)
     if done.exit_code or not any(made.parent.glob("*.gguf")):
-        raise explain(done, source)
+        raise explain(done, source, wishes.part)

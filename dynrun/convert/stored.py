@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynrun.errors import DynrunError
+from dynrun.errors import MALFORMED, DynrunError
 
 # Bytes of an element; F4 and the 6-bit types take less than one, and are told by their offsets.
 DTYPE_BYTES = {
@@ -92,7 +92,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor(name: str, entry: Any) -> tuple[StoredTensor, tuple[int, int]]:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (TypeError, KeyError, ValueError) as error:
+    except MALFORMED as error:
         raise _BadFileError(f"tensor {name!r:.80} has no type, shape and place") from error
     numbers = (*shape, begin, end) if isinstance(shape, list) and len(shape) <= _MAX_DIMS else (-1,)
     if not isinstance(dtype, str) or any(type(n) is not int or not 0 <= n < 1 << 60 for n in numbers):

@@ -24,26 +24,12 @@ from dynrun.paths import repository_root
 from dynrun.scoring.divergence import divergence
 from tests.commands import ARGV, dynrun
 from tests.conftest import in_users_cache
-from tests.conversion import make_models, share_environment, users_environment
+from tests.conversion import share_environment, users_environment
 from tests.safetensors_files import write_llama_folder
 
 pytestmark = pytest.mark.e2e
 TYPES = {"qwen2": "F16", "mixtral": "F16", "deepseek_v3": "F32"}
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3", "mixtral", "deepseek_v3")
-
-
-@pytest.fixture(scope="module")
-def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model's original, in three shards of safetensors, as transformers saves what it read of the GGUF."""
-    with in_users_cache():
-        source = original()
-    return make_models("demo", source, tmp_path_factory.mktemp("hf") / "SmolLM2-135M-Instruct")
-
-
-@pytest.fixture(scope="module")
-def tiny(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of tiny random models, and their logits by transformers."""
-    return make_models("tiny", smollm, tmp_path_factory.mktemp("hf") / "tiny")
 
 
 @pytest.fixture(autouse=True)

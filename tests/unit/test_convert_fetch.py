@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dynrun.convert.fetch import fetch_folder, reference_source
+from dynrun.cli.convert import named_source, unconverted
+from dynrun.convert.fetch import fetch_folder, missing_files, reference_source
 from dynrun.convert.folder import read_folder
 from dynrun.errors import NotFoundError
 from tests.hub_server import Hub, serving_here, set_endpoint
@@ -61,3 +62,35 @@ def test_without_a_network_what_is_here_is_taken(hub: Hub, repository: str, monk
     set_endpoint(monkeypatch, "http://127.0.0.1:9")
     assert reference_source(repository, lambda _: None) == here
     assert reference_source("o/other", lambda _: None) is None
+
+
+def test_shards_of_full_precision_are_taken_whole_and_those_that_lack_one_are_not(hub: Hub, repository: str) -> None:
+    shards = {f"BF16/Tiny-BF16-0000{i}-of-00002.gguf": bytes([i]) for i in (1, 2)}
+    hub.models[repository] |= {**shards, "Tiny-F16-00001-of-00002.gguf": b"one of two"}
+    source = reference_source(repository, lambda _: None)
+    assert source is not None
+    assert source.name == "Tiny-BF16-00001-of-00002.gguf"
+    assert (source.parent / "Tiny-BF16-00002-of-00002.gguf").is_file()
+
+
+def test_what_is_wished_of_a_conversion_is_not_evaded_by_a_gguf(hub: Hub, repository: str) -> None:
+    hub.models[repository] |= {"Tiny-F16.gguf": b"whole"}
+    taken = named_source(repository, wished=False)
+    assert taken is not None
+    assert taken.name == "Tiny-F16.gguf"
+    wished = named_source(repository, wished=True)
+    assert wished is not None
+    assert (wished / "config.json").is_file()
+
+
+def test_a_dry_run_fetches_and_converts_nothing(hub: Hub, repository: str, tmp_path: Path) -> None:
+    (stage,) = unconverted(repository, None)
+    assert stage.name == "fetch"
+    assert "4 files of o/Tiny" in stage.detail
+    assert not any("/resolve/" in line for line in hub.requests)
+    folder = fetch_folder(repository, lambda _: None)
+    assert missing_files(repository) == []
+    (stage,) = unconverted(str(folder), None)
+    assert stage.name == "convert"
+    assert "to F16, " in stage.detail
+    assert not list(tmp_path.rglob("*.gguf"))

@@ -12,6 +12,7 @@ import pytest
 from dynrun.convert.folder import INDEX, is_model_folder, read_folder, wanted_of
 from dynrun.convert.plan import following_bytes, out_type_of, plan_conversion
 from dynrun.convert.stage import Wishes, check_code, known_conversion
+from dynrun.convert.weights import weights_of
 from dynrun.errors import DoesNotFitError, DynrunError, NotFoundError, UsageError
 from tests.safetensors_files import LLAMA_CONFIG, llama_shapes, write_index, write_llama_folder, write_safetensors
 
@@ -200,7 +201,7 @@ def test_of_a_repository_only_what_a_conversion_reads_is_wanted() -> None:
 @pytest.mark.parametrize(("dtype", "wanted"), [("F16", "f16"), ("BF16", "bf16"), ("F32", "f32"), ("F8_E4M3", "bf16")])
 def test_the_result_has_the_precision_of_the_source(tmp_path: Path, dtype: str, wanted: str) -> None:
     source = read_folder(write_llama_folder(tmp_path / "m", dtype=dtype))
-    assert out_type_of(source.tensors) == wanted
+    assert out_type_of(weights_of(source)) == wanted
     plan = plan_conversion(source)
     n = sum(tensor.n_elements for tensor in source.tensors.values())
     assert plan.result_bytes > n * (4 if wanted == "f32" else 2)
