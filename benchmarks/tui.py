@@ -1,64 +1,69 @@
-"""How long the app takes from the command to its first screen, and how long a slider's step takes: medians.
+"""How soon the app answers: from the command to its first screen and to a first token, entering rooms, a slider's step.
 
-    .venv/bin/python benchmarks/tui.py [--runs 10]
+    .venv/bin/python benchmarks/tui.py [--runs 10] [--first-token] [--rooms]
 
-The first is measured in a pseudo-terminal of 80 × 24, warm (one run before): from the start of the process until the
-footer has been written, which is the last of a screen. The second calls what the Plan room calls, for DeepSeek-V3.
+In a pseudo-terminal of 80 × 24, warm (one run before). The first screen: from the start of the process until the footer
+has been written, which is the last of a screen. The first token: until a chat with `demo`, entered and asked by keys as
+soon as they are taken, shows one. Rooms: the longest time that the event loop did not come back while each room was
+entered for the first time, and the most of the processor that it used without coming back. The slider's step calls what
+the Plan room calls, for DeepSeek-V3.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import pty
-import select
-import signal
 import statistics
-import struct
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from tui_terminal import python, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# The palette stands at the footer's end.
-FOOTER = b"Palette"
-LONGEST_S = 60.0
+APP = python("-m", "dynrun.cli.app", "tui")
+_ROOM_KEYS = {"plan": "\x1bOR", "chat": "\x1bOS", "make": "\x1b[15~", "bench": "\x1b[17~"}
+_IN_ROOM_S = 2.0
 
 
-def first_screen_s(argv: Sequence[str]) -> tuple[float, float]:
+def first_screen_s() -> tuple[float, float]:
     """Seconds until the footer stands on a terminal, and seconds of the processor until then."""
-    began = time.perf_counter()
-    child, terminal = pty.fork()
-    if child == 0:
-        os.environ |= {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
-        os.execv(argv[0], list(argv))  # noqa: S606
-    try:
-        _resize(terminal)
-        waited = _until(terminal, FOOTER, began)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        _, _, used = os.wait4(child, 0)
-        os.close(terminal)
+    with terminal(APP) as shown:
+        # The palette stands at the footer's end.
+        waited = shown.until("Palette") - shown.began_s
+        used = shown.end()
     return waited, used.ru_utime + used.ru_stime
 
 
-def _resize(terminal: int) -> None:
-    import fcntl
-    import termios
+def first_token_s() -> float:
+    """Seconds until `demo` says something; the first of the models is it."""
+    with terminal(APP) as shown:
+        shown.until("demo-moe")
+        shown.send("c")
+        shown.until("Ask something")
+        shown.send("Hi\r")
+        return shown.until(r"context [1-9]\d* of") - shown.began_s
 
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
 
-
-def _until(terminal: int, text: bytes, began: float) -> float:
-    seen = b""
-    while (left := began + LONGEST_S - time.perf_counter()) > 0:
-        if select.select([terminal], [], [], left)[0]:
-            seen += os.read(terminal, 1 << 16)
-            if text in seen:
-                return time.perf_counter() - began
-    raise SystemExit(f"no first screen within {LONGEST_S:.0f} s; the terminal got:\n{seen[-2000:]!r}")
+def gaps_by_room() -> dict[str, list[dict[str, Any]]]:
+    """What benchmarks/tui_watched.py notes of the event loop while each room is entered."""
+    with tempfile.TemporaryDirectory() as folder:
+        notes = Path(folder) / "notes.json"
+        with terminal(python(str(ROOT / "benchmarks" / "tui_watched.py"), str(notes))) as shown:
+            shown.until("demo-moe")
+            for key in _ROOM_KEYS.values():
+                shown.send(key)
+                time.sleep(_IN_ROOM_S)
+            shown.send("\x11")
+            while not notes.is_file():
+                time.sleep(0.1)
+        gaps = json.loads(notes.read_text(encoding="utf-8"))["gaps"]
+    return {mode: [gap for gap in gaps if gap["mode"] == mode] for mode in ("models", *_ROOM_KEYS)}
 
 
 def slider_step_s(runs: int) -> float:
@@ -79,15 +84,28 @@ def slider_step_s(runs: int) -> float:
     return statistics.median(taken)
 
 
+def longest(gaps: Sequence[dict[str, Any]], what: str) -> str:
+    """The longest of ``what`` in milliseconds."""
+    return f"{max((gap[what] for gap in gaps), default=0.0) * 1e3:4.0f} ms"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10)
-    runs = parser.parse_args().runs
-    argv = (sys.executable, "-m", "dynrun.cli.app", "tui")
-    first_screen_s(argv)
-    screens = [first_screen_s(argv) for _ in range(runs)]
-    waited, used = (statistics.median(column) for column in zip(*screens, strict=True))
+    parser.add_argument("--first-token", action="store_true", help="with `demo`, made first where it is not there")
+    parser.add_argument("--rooms", action="store_true")
+    options = parser.parse_args()
+    runs = options.runs
+    print(f"load          {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    first_screen_s()
+    waited, used = (statistics.median(column) for column in zip(*(first_screen_s() for _ in range(runs)), strict=True))
     print(f"first screen  median {waited:.2f} s, of the processor {used:.2f} s, {runs} runs")
+    if options.first_token:
+        first_token_s()
+        print(f"first token   median {statistics.median(first_token_s() for _ in range(runs)):.2f} s, {runs} runs")
+    if options.rooms:
+        for mode, gaps in gaps_by_room().items():
+            print(f"enter {mode:7} longest gap {longest(gaps, 'wall_s')}, of the processor {longest(gaps, 'cpu_s')}")
     print(f"slider step   median {slider_step_s(runs) * 1e3:.0f} ms, {runs} runs")
 
 

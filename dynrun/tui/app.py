@@ -16,9 +16,12 @@ from textual.binding import Binding, BindingType
 from textual.dom import DOMNode
 from textual.reactive import reactive
 from textual.screen import Screen
+from textual.theme import Theme
 from textual.widgets import Input, TextArea
 
+from dynrun.tui.collector import COLLECTOR, EVERY_S
 from dynrun.tui.commands import Commands
+from dynrun.tui.cycles import lean_strips
 from dynrun.tui.messages import ModelsChanged, Visit
 from dynrun.tui.rooms import BY_MODE, ROOMS, modes
 from dynrun.tui.screens.room import RoomScreen
@@ -60,6 +63,7 @@ class DynrunApp(App[int]):
 
     def __init__(self, visit: Visit | None = None, settings: TuiSettings | None = None) -> None:
         super().__init__()
+        lean_strips()
         self.settings = load_settings() if settings is None else settings
         self._first = visit
         for theme in THEMES:
@@ -70,10 +74,14 @@ class DynrunApp(App[int]):
             self.set_keymap(self.settings.keys)
 
     async def on_mount(self) -> None:
-        self.theme_changed_signal.subscribe(self, lambda theme: remember_theme(theme.name))
+        self.theme_changed_signal.subscribe(self, self._remember_theme)
         if self._first is not None:
             await self.on_visit(self._first)
         self.set_timer(_LOAD_AFTER_S, load_rooms)
+        self.set_interval(EVERY_S, COLLECTOR.collect)
+
+    def _remember_theme(self, theme: Theme) -> None:
+        self.run_worker(asyncio.to_thread(remember_theme, theme.name), group="app.theme")
 
     async def on_visit(self, message: Visit) -> None:
         """Go to another room, and tell it what for."""
@@ -84,7 +92,7 @@ class DynrunApp(App[int]):
             await self.screen.visit(message)
 
     async def _enter(self, mode: str) -> None:
-        """Go to a room. What it imports (numpy, scipy) takes long, so that happens in a thread."""
+        """Go to a room. What it imports (numpy) takes long, so that happens in a thread."""
         await asyncio.to_thread(BY_MODE[mode].screen_class)
         await self.switch_mode(mode)
 
@@ -158,7 +166,9 @@ class DynrunApp(App[int]):
             yield SystemCommand(
                 f"Go to {room.title}", f"{room.purpose} ({room.key.upper()})", partial(self._enter, room.mode)
             )
-        for node, binding, enabled, _ in screen.active_bindings.values():
+        # A binding of several keys is there once for each.
+        once = {(active.node, active.binding.id): active for active in reversed(screen.active_bindings.values())}
+        for node, binding, enabled, _ in reversed(once.values()):
             if enabled and binding.id and binding.description and not binding.action.startswith("room("):
                 does = partial(self.run_action, binding.action, node)
                 yield SystemCommand(binding.description, f"key {self.get_key_display(binding)}", does)
@@ -172,12 +182,23 @@ class DynrunApp(App[int]):
 
 def load_rooms() -> None:
     """Import every room in the background, so that entering one takes no longer than drawing it."""
-    threading.Thread(target=lambda: [room.screen_class() for room in ROOMS], name="rooms", daemon=True).start()
+    threading.Thread(target=_load_rooms, name="rooms", daemon=True).start()
+
+
+def _load_rooms() -> None:
+    for room in ROOMS:
+        room.screen_class()
+    COLLECTOR.settle()
 
 
 def binding_ids() -> set[str]:
-    """The ids of all bindings: the app's and every room's, with those of its widgets."""
-    classes: list[type[DOMNode]] = [DynrunApp, *(room.screen_class() for room in ROOMS)]
+    """The ids of all bindings: the app's, the dialogues' and every room's, with those of its widgets."""
+    from dynrun.tui.screens.confirm import ConfirmScreen
+    from dynrun.tui.screens.help import HelpScreen
+    from dynrun.tui.screens.prompt import PromptScreen, RewriteScreen
+
+    dialogues = ConfirmScreen, HelpScreen, PromptScreen, RewriteScreen
+    classes: list[type[DOMNode]] = [DynrunApp, *dialogues, *(room.screen_class() for room in ROOMS)]
     return {binding.id for cls in classes for binding in all_bindings(cls) if binding.id}
 
 

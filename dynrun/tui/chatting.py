@@ -1,7 +1,7 @@
 """The engine of the Chat room, driven from worker threads: it tells what happens in frozen messages.
 
 An :class:`Engine` is one model and its session (runtime/session.py). Pieces of an answer are put together for a
-twentieth of a second, so that a fast model does not flood the app with messages.
+tenth of a second: each time that an answer grows the whole screen is laid out and drawn.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dynrun.runtime.sampling import Sampling
     from dynrun.runtime.session import Session
 
-_FLUSH_S = 0.05
+_FLUSH_S = 0.1
 _LOG_LINES = 8
 
 
@@ -260,3 +260,10 @@ def failed(error: DynrunError, partial: str = "") -> EngineFailed:
         except OSError:
             lines = ()
     return EngineFailed(error.message, error.fix, lines, error.log, partial)
+
+
+def stats(answer: Answer) -> str:
+    """What goes below an answer: tokens, speed, how long the first one took."""
+    timings = answer.timings
+    first = f", first after {answer.first_token_s:.2f} s" if answer.first_token_s is not None else ""
+    return f"{timings.predicted_n} tokens, {timings.predicted_per_second:.1f} a second{first}"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dynrun.artifacts import write_json
 from dynrun.config import load_tui_table
-from dynrun.errors import DynrunError, UsageError
+from dynrun.errors import MALFORMED, DynrunError, UsageError
 from dynrun.paths import cache_dir, config_file
 
 
@@ -61,7 +61,7 @@ def remember_theme(name: str) -> None:
 def _remembered_theme() -> str:
     try:
         theme = json.loads(_state_file().read_text(encoding="utf-8"))["theme"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *MALFORMED):
         return ""
     return theme if isinstance(theme, str) else ""
 

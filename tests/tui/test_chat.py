@@ -7,12 +7,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from textual import events
 from textual.widgets import Input, Markdown
 
-from dynrun.runtime.history import list_chats
+from dynrun.runtime.history import Message, list_chats, new_chat
 from dynrun.tui.messages import Visit
 from dynrun.tui.screens.chat import ChatScreen
+from dynrun.tui.widgets.composer import Composer
 from dynrun.tui.widgets.engine_card import EngineCard
+from dynrun.tui.widgets.markdown_piece import MarkdownPiece
 from dynrun.tui.widgets.message_view import MessageView
 from tests.tiny import write_tiny_llama
 from tests.tui.driving import AppPilot, paste, running_app, screen_text, shows, type_text, wait_until
@@ -57,6 +60,17 @@ def chat_of(pilot: AppPilot) -> tuple[object, ...]:
     return pilot.app.screen.chat.messages
 
 
+async def test_what_is_typed_behind_enter_is_not_lost(model: Path) -> None:
+    async with chatting(model, ["Hello."]) as (pilot, _):
+        await type_text(pilot, "Hi")
+        # As fast as a terminal hands them over: nothing is awaited in between.
+        for key in (events.Key("enter", "\r"), events.Key("x", "x"), events.Key("y", "y")):
+            pilot.app.post_message(key)
+        await answered(pilot, 2)
+        assert [m.text for m in list_chats()[0].messages] == ["Hi", "Hello."]
+        assert pilot.app.screen.query_one(Composer).text == "xy"
+
+
 async def test_an_answer_streams_with_its_thoughts_folded_and_is_kept(model: Path) -> None:
     pieces: list[Piece] = [
         ("reasoning_content", "Let me "),
@@ -78,6 +92,14 @@ async def test_an_answer_streams_with_its_thoughts_folded_and_is_kept(model: Pat
         assert (kept.text, kept.reasoning, kept.stop) == ("Hello **you**", "Let me think.", "end")
         await pilot.press("up", "t")
         await shows(pilot, "Let me think.")
+
+
+async def test_the_screen_follows_a_long_answer_after_thoughts(model: Path) -> None:
+    pieces: list[Piece] = [("reasoning_content", "Hm. "), *(f"Paragraph {n}\n\n" for n in range(40)), "The end."]
+    async with chatting(model, pieces) as (pilot, _):
+        await ask(pilot, "Talk")
+        await shows(pilot, "The end.")
+        await shows(pilot, "tokens, ")
 
 
 async def test_enter_sends_and_ctrl_j_makes_a_line(model: Path) -> None:
@@ -112,12 +134,20 @@ async def test_an_edited_question_branches_and_the_old_conversation_stays(model:
         views(pilot)[0].focus()
         await pilot.press("e")
         await wait_until(pilot, lambda: pilot.app.screen.is_modal, "the question")
-        pilot.app.screen.query_one(Input).value = "c"
+        await pilot.press("ctrl+j", "c")
+        await paste(pilot, "d" * 3000)
         await pilot.press("enter")
         await shows(pilot, "third")
+        changed = "a\nc" + "d" * 3000
         chats = {tuple(m.text for m in chat.messages) for chat in list_chats()}
-        assert chats == {("a", "first", "b", "second"), ("c", "third")}
-        assert [m["content"] for m in script.requests[-1]["messages"]] == ["c"]
+        assert chats == {("a", "first", "b", "second"), (changed, "third")}
+        assert [m["content"] for m in script.requests[-1]["messages"]] == [changed]
+
+
+async def test_an_empty_answer_is_told(model: Path) -> None:
+    async with chatting(model, []) as (pilot, _):
+        await ask(pilot, "a")
+        await shows(pilot, "the answer is empty")
 
 
 async def test_conversations_are_found_by_what_was_said_and_go_on(model: Path) -> None:
@@ -125,9 +155,11 @@ async def test_conversations_are_found_by_what_was_said_and_go_on(model: Path) -
         await ask(pilot, "first")
         await answered(pilot, 2)
         await pilot.press("ctrl+n")
+        await shows(pilot, "context 0 of 4k")
         await ask(pilot, "second")
         await answered(pilot, 2)
         await pilot.press("ctrl+l")
+        await shows(pilot, "now second")
         await type_text(pilot, "llamas")
         await pilot.press("enter", "enter")
         await shows(pilot, "about llamas")
@@ -135,6 +167,19 @@ async def test_conversations_are_found_by_what_was_said_and_go_on(model: Path) -
         await ask(pilot, "go on")
         await answered(pilot, 4)
         assert [m["content"] for m in script.requests[-1]["messages"]] == ["first", "about llamas", "go on"]
+
+
+async def test_each_conversation_has_one_line_of_the_list() -> None:
+    async with running_app((120, 40), visit=Visit("chat")) as pilot:
+        await wait_until(pilot, lambda: pilot.app.screen.query("#chats"), "the room")
+        for said in ("a long question " * 10, "short"):
+            new_chat("m").said(Message("user", said))
+        await pilot.press("ctrl+l")
+        await shows(pilot, "now short")
+        lines = [line for line in screen_text(pilot).splitlines() if "question" in line]
+        assert len(lines) == 1
+        assert "now a long question" in lines[0]
+        assert "…" in lines[0]
 
 
 async def test_a_long_paste_is_attached_and_backspace_takes_it_away(model: Path) -> None:
@@ -215,8 +260,10 @@ async def test_slow_tokens_and_a_very_long_answer_lose_nothing(model: Path) -> N
         await wait_until(pilot, lambda: len(chat_of(pilot)) == 2, "the end", 120)
         whole = "".join(piece for piece in words() if isinstance(piece, str))
         assert list_chats()[0].messages[1].text == whole
-        shown = "".join(one.source for one in views(pilot)[1].query(Markdown))
-        assert shown == whole
+        pieces = list(views(pilot)[1].query(MarkdownPiece))
+        assert "".join(piece.text for piece in pieces) == whole
+        await wait_until(pilot, lambda: pieces[0].asleep and not pieces[0].children, "what is far to sleep")
+        assert pieces[-1].query_one(Markdown).source == pieces[-1].opener + pieces[-1].text
         await shows(pilot, "w19999")
 
 
@@ -227,8 +274,23 @@ async def test_many_messages_are_laid_out_as_they_are_asked_for(model: Path) -> 
             await answered(pilot, 2 * n + 2)
         chat = list_chats()[0]
         assert len(chat.messages) == 26
-        await pilot.press("ctrl+l", "enter", "enter")
+        await pilot.press("ctrl+l")
+        await shows(pilot, "now q0")
+        await pilot.press("enter", "enter")
         await wait_until(pilot, lambda: len(views(pilot)) == 20, "the last twenty")
         views(pilot)[0].focus()
         await pilot.press("up", "enter")
         await wait_until(pilot, lambda: len(views(pilot)) == 26, "all")
+
+
+async def test_panels_take_the_place_of_the_conversation_where_there_is_no_room(model: Path) -> None:
+    async with chatting(model, ["ok"]) as (pilot, _):
+        for key, text in (("ctrl+t", "system prompt"), ("ctrl+l", "search what was said")):
+            await pilot.press(key)
+            await shows(pilot, text)
+            assert "Ask something" not in screen_text(pilot)
+        assert "system prompt" not in screen_text(pilot)
+        await pilot.press("ctrl+l")
+        await shows(pilot, "Ask something")
+        await ask(pilot, "Hi")
+        await shows(pilot, "ok")

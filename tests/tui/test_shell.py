@@ -70,6 +70,13 @@ async def test_palette_finds_and_runs_commands() -> None:
         await wait_until(pilot, lambda: pilot.app.current_theme.dark != dark, "the other theme")
 
 
+async def test_palette_offers_each_command_once() -> None:
+    async with running_app() as pilot:
+        titles = [command.title for command in pilot.app.get_system_commands(pilot.app.screen)]
+        assert "Delete" in titles, "which has two keys"
+        assert len(set(titles)) == len(titles)
+
+
 async def test_a_chosen_theme_is_remembered_and_the_configuration_goes_first(tmp_path: Path) -> None:
     async with running_app() as pilot:
         await pilot.press("f9")
@@ -98,7 +105,7 @@ async def test_every_binding_has_an_id_that_no_other_action_has() -> None:
         for binding in own_bindings(room.screen_class()):
             assert binding.id, (room.mode, binding)
             assert seen.setdefault(binding.id, binding.action) == binding.action, binding.id
-    assert {"app.quit", "app.copy", "models.refresh"} <= binding_ids()
+    assert {"app.quit", "app.copy", "models.refresh", "help.close", "confirm.yes", "prompt.cancel"} <= binding_ids()
 
 
 def own_bindings(screen: type[RoomScreen]) -> list[Binding]:

@@ -1,4 +1,4 @@
-"""The app in a browser: who is let in."""
+"""The app in a browser: who is let in, and what it shows."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.commands import ARGV
+from tests.tui.browser import browser
 
 pytestmark = pytest.mark.tui
 
@@ -30,7 +32,7 @@ def address() -> Iterator[str]:
 def test_only_who_knows_the_secret_and_comes_from_this_machine_is_let_in(address: str) -> None:
     base, _, _ = address.partition("?")
     assert base.startswith("http://127.0.0.1:")
-    with httpx.Client() as client:
+    with httpx2.Client() as client:
         assert client.get(base).status_code == 403
         assert client.get(f"{base}static/css/xterm.css").status_code == 403
         page = client.get(address)
@@ -40,3 +42,16 @@ def test_only_who_knows_the_secret_and_comes_from_this_machine_is_let_in(address
         assert client.get(base).status_code == 200
         assert client.get(f"{base}ws", headers={"Origin": "http://evil.example"}).status_code == 403
         assert client.get(base, headers={"Host": "evil.example"}).status_code == 403
+
+
+async def test_the_app_is_drawn_in_a_browser_takes_keys_and_follows_its_size(address: str, tmp_path: Path) -> None:
+    async with browser(tmp_path) as page:
+        await page.call("Page.navigate", url=address)
+        await page.until(lambda page: "demo-moe" in page.drawn, "the home screen")
+        assert await page.evaluate("document.querySelector('.xterm-screen').clientWidth") > 600
+        await page.click(600, 500)
+        await page.key("F3", 114)
+        await page.until(lambda page: "Press o and name a model" in page.drawn, "the Plan room")
+        before = len(page.drawn)
+        await page.call("Emulation.setDeviceMetricsOverride", width=700, height=500, deviceScaleFactor=1, mobile=False)
+        await page.until(lambda page: "Press o and name a model" in page.drawn[before:], "the room in another size")

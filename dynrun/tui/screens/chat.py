@@ -18,11 +18,11 @@ from dynrun.errors import DynrunError
 from dynrun.runtime.history import Chat, Message, list_chats, new_chat
 from dynrun.runtime.sampling import Sampling
 from dynrun.tui import conversing
-from dynrun.tui.chatting import AnswerEnded, AnswerGrew, Engine, EngineFailed, EngineNote, EngineReady
+from dynrun.tui.chatting import AnswerEnded, AnswerGrew, Engine, EngineFailed, EngineNote, EngineReady, stats
 from dynrun.tui.jobs import Job, start_job, stop_jobs
-from dynrun.tui.messages import JobFailed, Visit
+from dynrun.tui.messages import JobDone, JobFailed, Visit
 from dynrun.tui.screens.confirm import ConfirmScreen
-from dynrun.tui.screens.prompt import PromptScreen
+from dynrun.tui.screens.prompt import PromptScreen, RewriteScreen
 from dynrun.tui.screens.room import RoomScreen
 from dynrun.tui.widgets.attachments import Attachments
 from dynrun.tui.widgets.chat_list import ChatList
@@ -35,10 +35,9 @@ from dynrun.tui.widgets.transcript import Transcript
 from dynrun.tui.words import model_name
 
 if TYPE_CHECKING:
-    from dynrun.runtime.events import Answer
     from dynrun.runtime.placement import Placement
 
-ENGINE, ANSWER = "chat.engine", "chat.answer"
+ENGINE, ANSWER, CHATS = "chat.engine", "chat.answer", "chat.chats"
 
 
 class ChatScreen(RoomScreen):
@@ -86,10 +85,9 @@ that was said is on disk before it is answered.
             yield ChatSettings(id="chat-settings")
 
     def on_mount(self) -> None:
-        self.query_one("#chats").display = False
-        self.query_one("#chat-settings").display = False
+        for panel in ("#chats", "#chat-settings"):
+            self._show_panel(panel, shown=False)
         self.query_one(Composer).focus()
-        self._show_chats()
 
     # Models and conversations
 
@@ -106,8 +104,7 @@ that was said is on disk before it is answered.
         self.chat, self._answering = chat, None
         self.query_one(ChatSettings).show_system(chat.system)
         await self.query_one(Transcript).show(chat)
-        status = self.query_one(ChatStatus)
-        status.title = chat.model
+        self.query_one(ChatStatus).begin(chat.model)
         if self._engine is None or self._engine.model != chat.model or placement is not None:
             self._change_engine(chat.model, placement)
 
@@ -125,13 +122,18 @@ that was said is on disk before it is answered.
         start_job(self, work, group=ENGINE, name=model)
 
     def _show_chats(self) -> None:
-        self.query_one(ChatList).show(list_chats())
+        if self.query_one(ChatList).display:
+            start_job(self, lambda _: list_chats(), group=CHATS, exclusive=True)
+
+    def on_job_done(self, message: JobDone) -> None:
+        if message.group == CHATS:
+            self.query_one(ChatList).show(message.result)
 
     @on(ChatList.Chosen)
     async def _chosen(self, message: ChatList.Chosen) -> None:
         await self._open_chat(message.chat)
         if self.has_class("-narrow"):
-            self.query_one("#chats").display = False
+            self._show_panel("#chats", shown=False)
         self.query_one(Composer).focus()
 
     @on(ChatList.Unwanted)
@@ -161,20 +163,20 @@ that was said is on disk before it is answered.
         if self._busy or not (message.text.strip() or attachments.held):
             return
         if self._engine is None:
-            self.action_model()
+            await self.action_model()
             return
         question = conversing.question(message.text.strip(), attachments.held)
         if question.images and not self._vision:
             self.notify("this model has no image encoder (mmproj) beside it", severity="warning")
             return
-        self.query_one(Composer).clear()
+        self.query_one(Composer).taken(message.text)
         attachments.drop_all()
         await self._say(question)
 
     async def _say(self, question: Message) -> None:
         """Keep the question, show it, have it answered."""
         try:
-            self.chat = self.chat.said(question)
+            self.chat = await asyncio.to_thread(self.chat.said, question)
         except DynrunError as error:
             self.notify(str(error), severity="error")
             return
@@ -188,7 +190,7 @@ that was said is on disk before it is answered.
         transcript = self.query_one(Transcript)
         await transcript.drop_cards()
         index = len(chat.messages)
-        self._answering = await transcript.add(index, Message("assistant", ""), model_name(chat.model), growing=True)
+        self._answering = await transcript.add(index, Message("assistant", ""), model_name(chat.model))
         sampling = self._sampling
         start_job(
             self,
@@ -213,10 +215,11 @@ that was said is on disk before it is answered.
         if view is None:
             return
         if answer.text or answer.reasoning:
-            self.chat = self.chat.said(said)
-            await view.finish(said, _stats(answer))
+            self.chat = await asyncio.to_thread(self.chat.said, said)
+            await view.finish(said, stats(answer))
         else:
             await view.remove()
+            self.notify("the answer is empty", timeout=3)
         self.query_one(ChatStatus).ended(answer)
         self._show_chats()
 
@@ -226,7 +229,7 @@ that was said is on disk before it is answered.
         if view is not None:
             if message.partial:
                 said = Message("assistant", message.partial, stop="died")
-                self.chat = self.chat.said(said)
+                self.chat = await asyncio.to_thread(self.chat.said, said)
                 await view.finish(said, "")
             else:
                 await view.remove()
@@ -240,7 +243,7 @@ that was said is on disk before it is answered.
     async def _retry(self) -> None:
         await self.query_one(Transcript).drop_cards()
         if self.chat.messages and self.chat.messages[-1].stop == "died":
-            self.chat = self.chat.taken_back(1)
+            self.chat = await asyncio.to_thread(self.chat.taken_back, 1)
             await self.query_one(Transcript).show(self.chat)
         if self.chat.messages and self.chat.messages[-1].role == "user":
             await self._answer()
@@ -272,18 +275,17 @@ that was said is on disk before it is answered.
     def _edit(self, index: int) -> None:
         """Ask again what was asked, in other words, in a conversation of its own."""
         chat = self.chat
-        if chat.messages[index].role != "user":
-            index -= 1
-        if index < 0:
+        at = index if chat.messages[index].role == "user" else index - 1
+        if at < 0:
             return
 
         async def edited(text: str | None) -> None:
             if text:
-                question = replace(chat.messages[index], text=text)
-                await self._open_chat(conversing.branched(chat, index))
+                question = replace(chat.messages[at], text=text)
+                await self._open_chat(conversing.branched(chat, at))
                 await self._say(question)
 
-        self.app.push_screen(PromptScreen("Another question in its place:", value=chat.messages[index].text), edited)
+        self.app.push_screen(RewriteScreen("Another question in its place:", chat.messages[at].text), edited)
 
     async def _again(self, index: int) -> None:
         """Have the question at or before ``index`` answered again; later messages are taken back, or branched off."""
@@ -291,7 +293,7 @@ that was said is on disk before it is answered.
         if after < len(self.chat.messages) - 1:
             await self._open_chat(conversing.branched(self.chat, after))
         elif after < len(self.chat.messages):
-            self.chat = self.chat.taken_back(len(self.chat.messages) - after)
+            self.chat = await asyncio.to_thread(self.chat.taken_back, len(self.chat.messages) - after)
             await self.query_one(Transcript).show(self.chat)
         await self._answer()
 
@@ -334,16 +336,24 @@ that was said is on disk before it is answered.
             await self._again(len(self.chat.messages) - 1)
 
     def action_chats(self) -> None:
-        self._show_chats()
         self._toggle("#chats", "#chat-search")
+        self._show_chats()
 
     def action_settings(self) -> None:
         self._toggle("#chat-settings", "#system")
 
     def _toggle(self, panel: str, first: str) -> None:
-        shown = self.query_one(panel)
-        shown.display = not shown.display
-        (self.query_one(first) if shown.display else self.query_one(Composer)).focus()
+        shown = not self.query_one(panel).display
+        self._show_panel(panel, shown=shown)
+        (self.query_one(first) if shown else self.query_one(Composer)).focus()
+
+    def _show_panel(self, panel: str, *, shown: bool) -> None:
+        """Where there is no room for more, one panel takes the place of the conversation."""
+        panels = {name: self.query_one(name) for name in ("#chats", "#chat-settings")}
+        for name, other in panels.items():
+            if name == panel or (shown and self.has_class("-narrow")):
+                other.display = shown and name == panel
+        self.set_class(any(one.display for one in panels.values()), "-panel")
 
     def action_compose(self) -> None:
         self.query_one(Composer).focus()
@@ -355,7 +365,7 @@ that was said is on disk before it is answered.
 
         self.app.push_screen(PromptScreen("File to attach (text or an image):"), named)
 
-    def action_model(self) -> None:
+    async def action_model(self) -> None:
         """Another model, in the same conversation."""
         from dynrun.models import list_models
 
@@ -363,7 +373,7 @@ that was said is on disk before it is answered.
             if text:
                 await self._open_chat(conversing.changed(self.chat, model=text))
 
-        known = [listed.name for listed in list_models()]
+        known = [listed.name for listed in await asyncio.to_thread(list_models)]
         self.app.push_screen(PromptScreen("Talk to which model?", known, self.chat.model), named)
 
     def commands(self) -> Iterable[SystemCommand]:
@@ -387,9 +397,3 @@ that was said is on disk before it is answered.
                 self.notify(f"written to {text}")
 
         self.app.push_screen(PromptScreen("Write it to:", value=str(Path.cwd() / f"{self.chat.id}.md")), named)
-
-
-def _stats(answer: Answer) -> str:
-    timings = answer.timings
-    first = f", first after {answer.first_token_s:.2f} s" if answer.first_token_s is not None else ""
-    return f"{timings.predicted_n} tokens, {timings.predicted_per_second:.1f} a second{first}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on
 from textual.app import ComposeResult
@@ -23,7 +23,10 @@ from dynrun.tui.widgets.slider import Slider
 from dynrun.tui.widgets.stage_list import StageList
 from dynrun.tui.words import size
 
-MAKE = "make.run"
+if TYPE_CHECKING:
+    from dynrun.models import Listed
+
+MAKE, KNOWN = "make.run", "make.known"
 _LABEL = 12
 _MENUS = {
     "all": "all types that every stock engine loads",
@@ -54,7 +57,7 @@ done, **o** opens the report and **c** talks to the new file.
         Binding("v", "curve", "Curve first", id="make.curve"),
         Binding("o", "report", "Open report", id="make.report"),
         Binding("c", "chat", "Chat", id="make.chat"),
-        Binding("escape", "unfocus", "Leave field", show=False, id="make.unfocus"),
+        Binding("escape", "unfocus", "Leave field", id="make.unfocus"),
     ]
 
     def __init__(self) -> None:
@@ -89,19 +92,15 @@ done, **o** opens the report and **c** talks to the new file.
 
     def on_mount(self) -> None:
         self.query_one("#proof").display = False
-        self._know_models()
+        self.models_changed()
 
     def models_changed(self) -> None:
-        self._know_models()
-
-    def _know_models(self) -> None:
         from dynrun.models import list_models
 
-        names = [
-            "demo",
-            "demo-moe",
-            *(listed.name for listed in list_models() if listed.quant in ("F16", "BF16", "F32")),
-        ]
+        start_job(self, lambda _: list_models(), group=KNOWN, exclusive=True)
+
+    def _know_models(self, listed: Iterable[Listed]) -> None:
+        names = ["demo", "demo-moe", *(one.name for one in listed if one.quant in ("F16", "BF16", "F32"))]
         self.query_one("#reference", Input).suggester = SuggestFromList(dict.fromkeys(names), case_sensitive=False)
 
     async def visit(self, visit: Visit) -> None:
@@ -176,6 +175,9 @@ done, **o** opens the report and **c** talks to the new file.
         self.query_one(SensitivityMap).add(message)
 
     def on_job_done(self, message: JobDone) -> None:
+        if message.group == KNOWN:
+            self._know_models(message.result)
+            return
         self._ended("")
         if message.name == "curve":
             self._show_curve(message.result)
@@ -183,11 +185,13 @@ done, **o** opens the report and **c** talks to the new file.
             self._show_made(message.result)
 
     def on_job_failed(self, message: JobFailed) -> None:
-        self._ended("failed")
+        if message.group == MAKE:
+            self._ended("failed")
         self._fault(message.message)
 
-    def on_job_stopped(self, _: JobStopped) -> None:
-        self._ended("stopped; m goes on here")
+    def on_job_stopped(self, message: JobStopped) -> None:
+        if message.group == MAKE:
+            self._ended("stopped; m goes on here")
 
     def _ended(self, ending: str) -> None:
         self.query_one(StageList).end(ending)
@@ -218,11 +222,14 @@ done, **o** opens the report and **c** talks to the new file.
         self.query_one("#verdict", Static).update(_verdict(made))
         self.refresh_bindings()
         self.dynrun.post_message(ModelsChanged())
-        self.query_one("#make").scroll_end(animate=False)
+        self.call_after_refresh(self.query_one("#make").scroll_end, animate=False)
 
     # The result
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action == "unfocus":
+            # Letters are keys again then.
+            return isinstance(self.focused, Input)
         return None if action in ("report", "chat") and self.made is None else True
 
     def action_report(self) -> None:

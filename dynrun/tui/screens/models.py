@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from dynrun.hub.resolve import Found
     from dynrun.hub.search import Hit
 
-LISTING, DETAILS, SEARCH, REPOSITORY, PULL, DISCARD, DELETION, DELETE = (
-    f"models.{name}" for name in ("list", "details", "search", "repository", "pull", "discard", "deletion", "delete")
+LISTING, DETAILS, SEARCH, REPOSITORY = (f"models.{name}" for name in ("list", "details", "search", "repository"))
+PULL, DISCARD, REMEMBER, DELETION, DELETE = (
+    f"models.{name}" for name in ("pull", "discard", "remember", "deletion", "delete")
 )
 
 
@@ -67,6 +69,7 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
     def __init__(self) -> None:
         super().__init__()
         self._dropped: set[str] = set()
+        self._remembering = asyncio.Lock()
 
     def body(self) -> ComposeResult:
         yield Input(placeholder="/ to search: words filter the list, Enter asks the Hub", compact=True, id="search")
@@ -229,8 +232,14 @@ while you work elsewhere: **Space** pauses one, `x` cancels it. After a crash th
             self._show_activity()
 
     def _downloads_changed(self) -> None:
-        remember([row.model for row in self.query_one(Downloads).rows() if row.state != "done"])
+        self.run_worker(self._remember(), group=REMEMBER)
         self._show_activity()
+
+    async def _remember(self) -> None:
+        """One after the other, so that what is written last is what is so."""
+        async with self._remembering:
+            models = [row.model for row in self.query_one(Downloads).rows() if row.state != "done"]
+            await asyncio.to_thread(remember, models)
 
     def _show_activity(self) -> None:
         rows = [row for row in self.query_one(Downloads).rows() if row.state == "running" and row.total_bytes]

@@ -171,7 +171,9 @@ placement, `b` measures it, `y` copies the llama-server command, `d` downloads t
         quant = self.quant
         placed = self.query_one("#placed")
         placed.display = quant is not None and quant.facts is not None
-        self.query_one("#fault", Static).update(quant.error if quant else "")
+        fault = self.query_one("#fault", Static)
+        fault.update(quant.error if quant else "")
+        fault.display = not placed.display
         if quant is None or quant.facts is None:
             return
         steps = contexts(quant.facts.n_ctx_train)

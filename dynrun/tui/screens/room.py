@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
+from textual import messages
 from textual.app import ComposeResult, SystemCommand
 from textual.dom import DOMNode
+from textual.geometry import Size
 from textual.screen import Screen
-from textual.widgets import Footer
+from textual.widget import Widget
 
+from dynrun.tui.cycles import LeanCompositor
+from dynrun.tui.widgets.key_footer import KeyFooter
 from dynrun.tui.widgets.room_header import RoomHeader
 
 if TYPE_CHECKING:
     from dynrun.tui.app import DynrunApp
     from dynrun.tui.messages import Visit
+
+# For so many times as long as the last layout took no other is made.
+_REST, _LONGEST_REST_S = 2.0, 0.1
 
 
 class RoomScreen(Screen[None]):
@@ -32,6 +40,8 @@ class RoomScreen(Screen[None]):
         # Its widgets are styled when they are mounted. Textual takes a new screen for one with old styles, and parses
         # and applies all stylesheets again on its first two visits: a quarter of a second each.
         self._css_update_count = self.app._css_update_count
+        self._compositor = LeanCompositor()
+        self._layout_due_s = 0.0
 
     @property
     def dynrun(self) -> DynrunApp:
@@ -44,7 +54,43 @@ class RoomScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         yield RoomHeader(self.MODE)
         yield from self.body()
-        yield Footer()
+        yield KeyFooter()
+
+    # Drawing: laying out what grows takes a third of the time at most; keys are shown in the rest
+
+    def _refresh_layout(self, size: Size | None = None, scroll: bool = False) -> None:
+        began = time.perf_counter()
+        super()._refresh_layout(size, scroll)
+        ended = time.perf_counter()
+        self._layout_due_s = ended + min(_REST * (ended - began), _LONGEST_REST_S)
+
+    async def _on_update(self, message: messages.Update) -> None:
+        """A widget is to be drawn. Keys do not wait for the next time that everything is."""
+        keyed = message.widget
+        if self.is_current and keyed is self.focused and (self.app._batch_count or self._layout_required):
+            message.stop()
+            message.prevent_default()
+            self._show_keys(keyed)
+
+    def _on_timer_update(self) -> None:
+        """Called sixty times a second while there is something to draw."""
+        keyed, batch = self.focused, self.app._batch_count
+        if self.is_current and keyed in self._dirty_widgets and keyed and (batch or self._layout_required):
+            self._show_keys(keyed)
+        elif not (self.is_current and self._layout_required and time.perf_counter() < self._layout_due_s):
+            super()._on_timer_update()
+            if batch:
+                # Textual would wait for the end of it, with keys too.
+                self._update_timer.resume()
+
+    def _show_keys(self, keyed: Widget) -> None:
+        """Draw what has the focus, where it was; the rest stays to be drawn, and a batch goes on holding that back."""
+        rest, batch = self._dirty_widgets - {keyed}, self.app._batch_count
+        self._compositor.update_widgets({keyed})
+        self.app._batch_count = 0
+        self._compositor_refresh()
+        self.app._batch_count = batch
+        self._dirty_widgets.update(rest)
 
     def body(self) -> ComposeResult:
         """The widgets between header and footer."""

@@ -81,6 +81,4 @@ class ChatList(Vertical):
 
 def _line(chat: Chat) -> Text:
     when = age(max(time.time() - chat.updated_s, 0))
-    return Text.assemble(
-        (f"{when:>6} ", "dim"), chat.title or "empty", (f"  {model_name(chat.model)}", "dim"), no_wrap=True
-    )
+    return Text.assemble((f"{when:>6} ", "dim"), chat.title or "empty", (f"  {model_name(chat.model)}", "dim"))

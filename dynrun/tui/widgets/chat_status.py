@@ -31,6 +31,10 @@ class ChatStatus(Widget):
         """Another engine."""
         self.note, self.speed, self.n_used, self.n_ctx, self._before = "", 0.0, 0, 0, 0
 
+    def begin(self, model: str) -> None:
+        """Another conversation: how much of the context it takes is known after its next answer."""
+        self.title, self.speed, self.n_used, self._before = model, 0.0, 0, 0
+
     def growing(self, n_tokens: int, n_per_second: float) -> None:
         """So many tokens of an answer have come."""
         self.note, self.speed, self.n_used = "", n_per_second, self._before + n_tokens

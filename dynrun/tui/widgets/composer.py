@@ -66,6 +66,11 @@ class Composer(TextArea):
         else:
             self.post_message(self.Sent(self.text))
 
+    def taken(self, text: str) -> None:
+        """``text`` was sent: what was typed behind it meanwhile stays."""
+        self.text = self.text.removeprefix(text)
+        self.move_cursor(self.document.end)
+
     async def _on_paste(self, event: events.Paste) -> None:
         # What is short is TextArea's own handler's, which Textual calls next.
         if len(event.text) > _LONG_PASTE:

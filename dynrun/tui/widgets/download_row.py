@@ -34,9 +34,11 @@ class DownloadRow(Widget, can_focus=True):
     DownloadRow {
         height: auto;
         padding: 0 1;
+        text-wrap: nowrap;
+        text-overflow: ellipsis;
 
         .download--bar { color: $success; }
-        .download--track { color: $panel-lighten-2; }
+        .download--track { color: $border; }
         .download--error { color: $error; }
         .download--quiet { text-style: dim; }
 

@@ -4,90 +4,104 @@ than at its beginning."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from textual.app import ComposeResult
 from textual.containers import Vertical
-from textual.widgets import Markdown
-from textual.widgets.markdown import MarkdownStream
 
-_PIECE = 6_000
-_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})", re.MULTILINE)
+from dynrun.tui.widgets.markdown_piece import MarkdownPiece
+
+# While it grows, all of a piece is drawn anew for each word: shorter ones.
+_PIECE, _GROWING = 1_500, 800
+_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 
 
-def cut(text: str) -> int:
-    """Where ``text`` may be cut in two documents that look as one: behind the last empty line outside of any fence
-    and before no indented line; 0 where there is none."""
-    best, fence, at = 0, "", 0
+def cut(text: str, opener: str = "") -> tuple[int, str]:
+    """Where ``text`` may be cut in two documents that look as one, and the line that opens a fence again behind it.
+
+    Behind the last empty line outside of any fence and before no indented line; where there is none but the text ends
+    in a fence, behind its last whole line. 0 where there is no such place. ``opener``: of the fence it begins in.
+    """
+    best, fence, at = 0, _mark(opener), 0
     for line in text.splitlines(keepends=True):
-        if not line.strip() and not fence and not text[at + len(line) : at + len(line) + 1].isspace():
-            best = at + len(line)
-        if match := _FENCE.match(line):
+        end = at + len(line)
+        if not line.strip() and not fence and end < len(text) and not text[end].isspace():
+            best = end
+        if mark := _mark(line):
             if not fence:
-                fence = match[1]
+                fence, opener = mark, line
             elif line.strip().startswith(fence) and not line.strip().strip(fence[0]):
                 fence = ""
-        at += len(line)
-    return best if best < len(text) else 0
+        at = end
+    if best:
+        return best, ""
+    inside = text.rfind("\n", 0, len(text) - 1) + 1
+    # One that is indented belongs to a list, which the second document would not have.
+    return (inside, opener) if fence and inside > len(opener) and not opener.startswith(" ") else (0, "")
+
+
+def _mark(line: str) -> str:
+    match = _FENCE.match(line)
+    return match[1] if match else ""
+
+
+def parts(text: str) -> Iterator[tuple[str, str]]:
+    """``text`` in parts, each with the opener of the fence that it begins in."""
+    opener = ""
+    while len(text) > 2 * _PIECE:
+        end, after = cut(text[: 2 * _PIECE], opener)
+        if not end:
+            break
+        yield text[:end], opener
+        text, opener = text[end:], after
+    yield text, opener
 
 
 class GrowingMarkdown(Vertical):
-    """Several Markdown widgets, one below the other, that read as one document."""
+    """Several pieces, one below the other, that read as one document. What it is given at first sleeps."""
 
     DEFAULT_CSS = """
     GrowingMarkdown { height: auto; }
-    GrowingMarkdown Markdown { height: auto; padding: 0; margin: 0; background: transparent; }
     """
 
     def __init__(self, text: str = "", *, id: str | None = None) -> None:  # noqa: A002 (as Textual calls it)
         super().__init__(id=id)
         self._given = text
-        # Of the last piece, the only one that grows.
-        self._text = ""
-        self._stream: MarkdownStream | None = None
 
     def compose(self) -> ComposeResult:
-        rest = self._given
-        while len(rest) > 2 * _PIECE and (end := cut(rest[: 2 * _PIECE])):
-            yield Markdown(rest[:end], open_links=False)
-            rest = rest[end:]
-        self._text = rest
-        yield Markdown(rest, open_links=False)
+        given = list(parts(self._given))
+        openers = [opener for _, opener in given[1:]] + [""]
+        for (text, opener), following in zip(given, openers, strict=True):
+            yield MarkdownPiece(text, opener, ends_in_fence=bool(following), asleep=bool(text))
 
     @property
-    def _last(self) -> Markdown:
-        return self.query(Markdown).last()
+    def text(self) -> str:
+        """All of it."""
+        return "".join(piece.text for piece in self.query(MarkdownPiece))
+
+    @property
+    def _last(self) -> MarkdownPiece:
+        return self.query(MarkdownPiece).last()
 
     async def grow(self, text: str) -> None:
         """More of it."""
         if not text:
             return
-        if len(self._text) > _PIECE and (end := cut(self._text)):
-            whole, rest = self._text[:end], self._text[end:]
-            await self._settle(whole)
-            self._text = rest
-            await self.mount(Markdown(rest, open_links=False))
-        if self._stream is None:
-            self._stream = Markdown.get_stream(self._last)
-        self._text += text
-        await self._stream.write(text)
+        last = self._last
+        if len(last.text) > _GROWING:
+            end, opener = cut(last.text, last.opener)
+            if end:
+                rest = last.text[end:]
+                await last.settle(last.text[:end], ends_in_fence=bool(opener))
+                last = MarkdownPiece(rest, opener)
+                await self.mount(last)
+        await last.grow(text)
 
     async def clear(self) -> None:
         """Begin again."""
-        await self._end_stream()
         await self.remove_children()
-        self._text = ""
-        await self.mount(Markdown("", open_links=False))
+        await self.mount(MarkdownPiece())
 
     async def finish(self) -> None:
-        """No more comes: what was put together line by line is laid out once more as a whole."""
-        if self._stream is not None:
-            await self._settle(self._text)
-
-    async def _settle(self, text: str) -> None:
-        await self._end_stream()
-        await self._last.update(text)
-
-    async def _end_stream(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            await stream.stop()
+        """No more comes."""
+        await self._last.settle(self._last.text)

@@ -38,7 +38,7 @@ class LayerMap(PlacementView):
         said = f"{n} layers{f', {each} a cell' if each > 1 else ''}, output"
         legend = f"  {_WITHOUT} without experts  {_EXPERTS} experts alone" if where.experts_in_ram else ""
         text = Text(no_wrap=True, overflow="crop")
-        text.append(f"{'layers':{_NAME}}{said}{legend}", style("map--quiet", partial=True))
+        text.append(f"{'':{_NAME}}{said}{legend}", style("map--quiet", partial=True))
         for name, index, _, _ in rows_of(self._shown):
             kind = "map--ram" if index == CPU else "map--device"
             text.append(f"\n{name[: _NAME - 1]:{_NAME}}")

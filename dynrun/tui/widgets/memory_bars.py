@@ -24,7 +24,7 @@ class MemoryBars(PlacementView):
         .bars--kv { color: $accent; }
         .bars--compute { color: $success; }
         .bars--other { color: $secondary; }
-        .bars--free { color: $panel-lighten-2; }
+        .bars--free { color: $border; }
         .bars--over { color: $error; text-style: bold; }
     }
     """

@@ -16,8 +16,15 @@ from dynrun.tui.messages import Frozen
 from dynrun.tui.widgets.growing_markdown import GrowingMarkdown
 
 _STOPS = {"cancelled": "stopped", "length": "the limit of tokens was reached", "died": "the engine died here"}
-# Thoughts are shown as plain text, the last part of them while they come.
-_THOUGHTS_SHOWN = 20_000
+# Thoughts are shown as plain text, the last part of them; while they come each more of them is laid out anew.
+_THOUGHTS_SHOWN, _THOUGHTS_GROWING = 20_000, 2_000
+
+
+class _Thoughts(Collapsible):
+    """Textual's would scroll to itself when it opens or closes, and the transcript would not follow any more."""
+
+    def _watch_collapsed(self, collapsed: bool) -> None:
+        self._update_collapsed(collapsed)
 
 
 class MessageView(Vertical, can_focus=True):
@@ -40,10 +47,11 @@ class MessageView(Vertical, can_focus=True):
         index: int
         what: str
 
-    def __init__(self, index: int, message: Message, title: str, *, growing: bool = False) -> None:
+    def __init__(self, index: int, message: Message, title: str) -> None:
         super().__init__(classes=f"-{message.role}")
-        self.index, self.message, self._title, self._growing = index, message, title, growing
+        self.index, self.message, self._title = index, message, title
         self._thoughts: list[str] = []
+        self._thinking = False
         self._next_code = 0
 
     def compose(self) -> ComposeResult:
@@ -51,39 +59,48 @@ class MessageView(Vertical, can_focus=True):
         for image in self.message.images:
             yield Static(f"[image {image}]", classes="image", markup=False)
         if self.message.role == "assistant":
-            with Collapsible(title="thoughts", collapsed=not self._growing, classes="thoughts"):
-                yield Static(self.message.reasoning.strip()[-_THOUGHTS_SHOWN:], classes="thought", markup=False)
+            if self.message.reasoning:
+                yield self._thought(self.message.reasoning.strip()[-_THOUGHTS_SHOWN:], collapsed=True)
             yield GrowingMarkdown(self.message.text)
             yield Static(_STOPS.get(self.message.stop, ""), classes="end", markup=False)
         else:
             yield Static(self.message.text, classes="question", markup=False)
 
-    def on_mount(self) -> None:
-        for thoughts in self.query(".thoughts"):
-            thoughts.display = bool(self.message.reasoning)
+    def _thought(self, text: str, *, collapsed: bool) -> Collapsible:
+        shown = Static(text, classes="thought", markup=False)
+        return _Thoughts(shown, title="thoughts", collapsed=collapsed, classes="thoughts")
 
     async def grow(self, text: str, thought: str) -> None:
         """More of the answer."""
         if thought:
-            self._thoughts.append(thought)
-            box = self.query_one(Collapsible)
-            box.display = True
-            box.query_one(".thought", Static).update("".join(self._thoughts)[-_THOUGHTS_SHOWN:].strip())
+            await self._think(thought)
         if text:
-            if self._thoughts and not self.query_one(Collapsible).collapsed:
+            for box in self.query(Collapsible) if self._thinking else ():
                 # Thought enough.
-                self.query_one(Collapsible).collapsed = True
+                box.collapsed = True
+            self._thinking = False
             await self.query_one(GrowingMarkdown).grow(text)
+
+    async def _think(self, thought: str) -> None:
+        self._thoughts.append(thought)
+        self._thinking = True
+        shown = "".join(self._thoughts)[-_THOUGHTS_GROWING:].strip()
+        if boxes := self.query(Collapsible):
+            boxes.first().query_one(".thought", Static).update(shown)
+        else:
+            await self.mount(self._thought(shown, collapsed=False), before=self.query_one(GrowingMarkdown))
 
     async def restart(self) -> None:
         """The answer so far is void."""
         self._thoughts.clear()
-        self.query_one(Collapsible).display = False
+        await self.query(Collapsible).remove()
         await self.query_one(GrowingMarkdown).clear()
 
     async def finish(self, message: Message, stats: str) -> None:
         """The answer is ``message``; ``stats`` goes below it."""
         self.message = message
+        for thought in self.query(".thought").results(Static):
+            thought.update(message.reasoning.strip()[-_THOUGHTS_SHOWN:])
         await self.query_one(GrowingMarkdown).finish()
         ended = _STOPS.get(message.stop, "")
         self.query_one(".end", Static).update(" · ".join(part for part in (ended, stats) if part))

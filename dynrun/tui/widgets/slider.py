@@ -32,7 +32,7 @@ class Slider(Widget, can_focus=True):
         pointer: pointer;
 
         .slider--label { text-style: dim; }
-        .slider--track { color: $panel-lighten-2; }
+        .slider--track { color: $border; }
         .slider--fill { color: $primary; }
         .slider--knob { color: $primary; text-style: bold; }
 

@@ -32,6 +32,8 @@ class StageList(Widget):
     DEFAULT_CSS = """
     StageList {
         height: auto;
+        text-wrap: nowrap;
+        text-overflow: ellipsis;
         .stages--done { color: $success; }
         .stages--running { color: $primary; }
         .stages--failed { color: $error; }

@@ -5,24 +5,72 @@ from __future__ import annotations
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
+from textual.geometry import Size
 from textual.widgets import Button, Static
 
 from dynrun.runtime.history import Chat, Message
+from dynrun.tui.collector import COLLECTOR
+from dynrun.tui.jobs import running
 from dynrun.tui.widgets.engine_card import EngineCard
+from dynrun.tui.widgets.markdown_piece import MarkdownPiece
 from dynrun.tui.widgets.message_view import MessageView
 from dynrun.tui.words import model_name
 
 _AT_ONCE = 20
+_REST = "chat.rest"
 
 
 class Transcript(VerticalScroll, can_focus=False):
-    """Follows what grows, until somebody scrolls up."""
+    """Follows what grows, until somebody scrolls up. What is far from the screen sleeps (markdown_piece.py)."""
+
+    def __init__(self, *, id: str) -> None:  # noqa: A002 (as Textual calls it)
+        super().__init__(id=id)
+        # Whether what is near the screen has changed since the last look.
+        self._moved = False
 
     def compose(self) -> ComposeResult:
         yield Static("No model yet: Ctrl+S names one.", id="nothing", markup=False)
 
+    def on_mount(self) -> None:
+        self.watch(self, "scroll_y", self._move, init=False)
+
+    def _size_updated(self, size: Size, virtual_size: Size, container_size: Size, layout: bool = True) -> bool:
+        """All in it was just laid out: Textual would lay out everything again, for each piece of an answer."""
+        before = self.virtual_size
+        changed = super()._size_updated(size, virtual_size, container_size, layout=False)
+        if virtual_size != before:
+            self._move()
+        return changed
+
+    def _move(self) -> None:
+        self._moved = True
+        self.call_after_refresh(self._rest)
+
+    def on_resize(self) -> None:
+        self._move()
+
+    def _rest(self) -> None:
+        if self._moved and not running(self, _REST):
+            self.run_worker(self._wake_what_is_near(), group=_REST)
+
+    async def _wake_what_is_near(self) -> None:
+        """The rest falls asleep."""
+        while self._moved:
+            self._moved = False
+            near = self.region.grow((self.size.height // 2, 0, self.size.height // 2, 0))
+            for piece in self.query(MarkdownPiece):
+                await (piece.wake() if piece.region.overlaps(near) else piece.doze())
+
+    @on(MarkdownPiece.Fitted)
+    def _keep_place(self, message: MarkdownPiece.Fitted) -> None:
+        """What is read stays where it is, whatever wakes above it."""
+        if message.piece.region.y < self.region.y and not self.is_vertical_scroll_end:
+            self.scroll_to(y=self.scroll_y + message.lines, animate=False, release_anchor=False)
+
     async def show(self, chat: Chat) -> None:
         """``chat`` in the place of what is shown."""
+        self.workers.cancel_group(self, _REST)
+        COLLECTOR.release()
         async with self.batch():
             await self.remove_children()
             if not chat.messages:
@@ -30,18 +78,20 @@ class Transcript(VerticalScroll, can_focus=False):
                 await self.mount(Static(hint, id="nothing", markup=False))
             await self._show_from(chat, max(len(chat.messages) - _AT_ONCE, 0))
         self.anchor()
+        self._move()
 
     async def _show_from(self, chat: Chat, first: int) -> None:
         views = [_view(chat, index) for index in range(first, len(chat.messages))]
         earlier = [Earlier(chat, first)] if first else []
         await self.mount_all([*earlier, *views])
 
-    async def add(self, index: int, message: Message, title: str, *, growing: bool = False) -> MessageView:
+    async def add(self, index: int, message: Message, title: str) -> MessageView:
         """One more message at the end."""
         await self.query("#nothing").remove()
-        view = MessageView(index, message, title, growing=growing)
+        view = MessageView(index, message, title)
         await self.mount(view)
         self.anchor()
+        COLLECTOR.settle()
         return view
 
     async def add_card(self, card: EngineCard) -> None:
@@ -49,7 +99,8 @@ class Transcript(VerticalScroll, can_focus=False):
         await self.drop_cards()
         await self.mount(card)
         self.anchor()
-        card.focus()
+        # To scroll to where it is before it is laid out would let go of the end.
+        card.focus(scroll_visible=False)
 
     async def drop_cards(self) -> None:
         await self.query(EngineCard).remove()
