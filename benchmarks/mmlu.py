@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 
 from dynrun.config import load_config
@@ -36,7 +36,7 @@ from dynrun.models import resolve
 N_PROBS = 2000
 
 
-def served_log_p(client: httpx.Client, question: Question, dropped: int = 0) -> list[float]:
+def served_log_p(client: httpx2.Client, question: Question, dropped: int = 0) -> list[float]:
     """Log-likelihood of each letter by llama-server: the prompt as text, the letters by their text."""
     request = {
         "prompt": question.prompt(0, dropped),

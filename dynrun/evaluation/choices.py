@@ -120,6 +120,7 @@ def open_engine(blocks: Sequence[Block], path: Any, *, n_threads: int, n_gpu_lay
         n_seq_max=1 + max(_SEQUENCES, *(block.n_sequences for block in blocks)),
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,
+        fixed=True,
     )
 
 

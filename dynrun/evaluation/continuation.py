@@ -106,7 +106,7 @@ def _continued(
         together = min(_TOGETHER, len(chosen))
         size: dict[str, Any] = {"n_ctx": longest * together, "n_batch": max(longest, together), "n_seq_max": together}
         answers: list[list[int]] = []
-        with Engine.open(reference, n_threads=n_threads, n_gpu_layers=n_gpu_layers, **size) as engine:
+        with Engine.open(reference, n_threads=n_threads, n_gpu_layers=n_gpu_layers, fixed=True, **size) as engine:
             for i in range(0, len(chosen), together):
                 some = [prompt.tokens for prompt in chosen[i : i + together]]
                 answers += continue_greedily(engine, some, N_TOKENS, engine.eog_tokens)

@@ -12,11 +12,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-import httpx
+import httpx2
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from dynrun.errors import DynrunError
+from dynrun.errors import MALFORMED, DynrunError
 from dynrun.evaluation.harness import HarnessSettings
 from dynrun.evaluation.likelihood import Pair, likelihoods
 from dynrun.llamacpp.server import Server
@@ -44,7 +44,7 @@ class GgufModel(LM):  # type: ignore[misc,unused-ignore]
         self.model, self.settings, self._say = model, settings, say
         self._n_threads, self._n_gpu_layers = n_threads, n_gpu_layers
         self._open = ExitStack()
-        self._served: tuple[Server, httpx.Client] | None = None
+        self._served: tuple[Server, httpx2.Client] | None = None
 
     def __enter__(self) -> Self:
         self.vocabulary = self._open.enter_context(Vocabulary.load(self.model))
@@ -127,12 +127,12 @@ class GgufModel(LM):  # type: ignore[misc,unused-ignore]
             "seed": 1234,
             **{key: options[key] for key in _SAMPLING if key in options},
         }
-        return str(self._post("/completion", body)["content"])
+        return self._post("/completion", body, "content")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """By llama-server, with the template in the file."""
         body = {"messages": chat_history, "add_generation_prompt": add_generation_prompt}
-        return str(self._post("/apply-template", body)["prompt"])
+        return self._post("/apply-template", body, "prompt")
 
     @property
     def tokenizer_name(self) -> str:
@@ -143,7 +143,7 @@ class GgufModel(LM):  # type: ignore[misc,unused-ignore]
         """The template's text, for the harness's records."""
         return self.vocabulary.header.metadata.get("tokenizer.chat_template", "") if chat_template else ""
 
-    def _server(self) -> tuple[Server, httpx.Client]:
+    def _server(self) -> tuple[Server, httpx2.Client]:
         if self._served is None:
             server = self._open.enter_context(
                 Server(
@@ -157,14 +157,16 @@ class GgufModel(LM):  # type: ignore[misc,unused-ignore]
             self._served = server, self._open.enter_context(server.client())
         return self._served
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, path: str, body: dict[str, Any], wanted: str) -> str:
         server, client = self._server()
         try:
             answer = client.post(path, json=body)
-        except httpx.TransportError as error:
+        except httpx2.TransportError as error:
             raise server.death() or DynrunError(f"llama-server does not answer: {error}", log=server.log) from error
-        if answer.status_code != httpx.codes.OK:
+        if answer.status_code != httpx2.codes.OK:
             reason = answer.text[:200]
             raise DynrunError(f"llama-server refused a request of the harness: {reason}", log=server.log)
-        found: dict[str, Any] = answer.json()
-        return found
+        try:
+            return str(answer.json()[wanted])
+        except MALFORMED as error:
+            raise DynrunError(f"llama-server answers {path} without {wanted}", log=server.log) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from dynrun.metrics.intervals import (
     paired_ratio,
 )
 from dynrun.metrics.summary import Summary, perplexity, rms_delta_p, summarize
+from dynrun.scoring.ahead import ahead
 from dynrun.scoring.divergence import Divergence, divergence, joined
 from dynrun.scoring.reference import (
     Coded,
@@ -251,13 +253,15 @@ def _measure(recorded: ReferenceLogits, engine: Engine, folder: StageFolder, pro
     total, done = sum(len(part.tokens) for part in parts), 0
     if engine.n_vocab != recorded.n_vocab:
         raise UsageError(f"{engine.path} has {engine.n_vocab} tokens, its reference {recorded.n_vocab}")
-    for i, part in enumerate(parts):
-        if not _file(folder, i).is_file():
-            found = _compared(recorded.coded(i), engine, part)
-            with atomic_path(_file(folder, i)) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, **{name: getattr(found, name) for name in _COLUMNS})
-        done += len(part.tokens)
-        progress(done, total, engine.path.name)
+    missing = dict.fromkeys(i for i in range(len(parts)) if not _file(folder, i).is_file())
+    with closing(ahead(_compared(recorded.coded(i), engine, parts[i]) for i in missing)) as coming:
+        for i, part in enumerate(parts):
+            if i in missing:
+                found = next(coming)
+                with atomic_path(_file(folder, i)) as temporary, temporary.open("wb") as stream:
+                    np.savez(stream, **{name: getattr(found, name) for name in _COLUMNS})
+            done += len(part.tokens)
+            progress(done, total, engine.path.name)
     folder.commit({"tokens": sum(len(part.outputs) for part in parts)}, elapsed_s=time.monotonic() - started)
 
 

@@ -53,6 +53,7 @@ def likelihoods(
         n_seq_max=1 + max(_SEQUENCES, *(branch.n_sequences for block in blocks for branch in block.branches)),
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,
+        fixed=True,
     ) as engine:
         for block in blocks:
             scored = engine.log_probabilities(block.prefix, block.branches)

@@ -24,7 +24,7 @@ from dynrun.artifacts import (
     stage_folder,
     write_json,
 )
-from dynrun.errors import NotFoundError, UsageError
+from dynrun.errors import MALFORMED, NotFoundError, UsageError
 from dynrun.evaluation.choices import Answer, Block, answer, open_engine, prepare
 from dynrun.evaluation.questions import Score, Task
 from dynrun.gguf.header import Header, read_header
@@ -203,7 +203,7 @@ def read_run(path: Path, *, cached: bool = True) -> Run:
             path=path,
             cached=cached,
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise UsageError(f"{path} is no run of `dynrun eval`", fix=f"give a {RUN} that it wrote") from error
 
 

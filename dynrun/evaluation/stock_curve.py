@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dynrun.artifacts import MANIFEST, sha256_file
 from dynrun.calibration.stage import ImatrixStage
-from dynrun.errors import UsageError
+from dynrun.errors import MALFORMED, UsageError
 from dynrun.models import Reference
 from dynrun.quantize import MODEL_FILE, STOCK_PRESETS, Preset, make_stock, stock_preset
 from dynrun.target import presets_of
@@ -80,7 +80,7 @@ def imatrix_of_stock(path: Path) -> str | None:
     try:
         manifest = json.loads((path.parent / MANIFEST).read_text(encoding="utf-8"))
         inputs, made = manifest["inputs"], manifest["result"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *MALFORMED):
         return None
     if path.name != MODEL_FILE or manifest.get("stage") != "stock" or made != sha256_file(path):
         return None

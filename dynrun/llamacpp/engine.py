@@ -7,7 +7,7 @@ leaks from one to the next, nor between sequences that share a batch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,35 +22,20 @@ from dynrun.gguf.quantizable import is_mtp, mtp_blocks
 from dynrun.llamacpp.graph import (
     Activation,
     Dispatcher,
-    FindTensors,
     Node,
     Record,
     Resume,
     Tap,
     WatchInputs,
     skippable,
-    sources,
 )
-from dynrun.llamacpp.library import Ggml, GgmlTensor, ggml, llama
+from dynrun.llamacpp.library import ggml, llama
 from dynrun.llamacpp.mtp import MtpRunner, why_not
 from dynrun.llamacpp.vocabulary import LlamaLog, Vocabulary, load_model
+from dynrun.llamacpp.weights import FindCopies, Weight, described, is_finite
 
 Logits = npt.NDArray[np.float32]
 Tokens = Sequence[int]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A weight of the loaded model: ggml type id and ``shape`` in ggml order [ne0, ne1, ...].
-
-    ``copies``: its other tensors; off the CPU llama.cpp loads tied embeddings twice (TENSOR_DUPLICATED).
-    """
-
-    name: str
-    pointer: int
-    type_id: int
-    shape: tuple[int, ...]
-    copies: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,15 +73,17 @@ class Engine(Vocabulary):
         keep_alive: tuple[Any, ...],
         mtp: MtpRunner | None = None,
         mtp_missing: str = "",
+        fixed: bool = False,
     ):
         super().__init__(path, model, keep_alive)
         self._ggml = ggml()
-        self._context, self._dispatcher = context, dispatcher
+        self._opened, self._dispatcher = context, dispatcher
         self._mtp, self.mtp_missing = mtp, mtp_missing
         self.n_ctx: int = self._llama.llama_n_ctx(context)
         self.n_batch: int = self._llama.llama_n_batch(context)
         self.n_seq_max: int = self._llama.llama_n_seq_max(context)
-        self.weights, self.input_of = self._find_weights()
+        self._fixed = fixed
+        self._found = None if fixed else self._find_weights()
 
     @classmethod
     def open(
@@ -110,15 +97,17 @@ class Engine(Vocabulary):
         mtp: bool = False,
         device: str = "",
         n_batch: int | None = None,
+        fixed: bool = False,
     ) -> Self:
         """Load a GGUF; ``n_ctx`` tokens in up to ``n_seq_max`` sequences, ``n_batch`` (or all) of them in one decode.
 
-        With ``mtp`` its MTP blocks too, which only :meth:`watch_inputs` runs. With ``device`` on that one alone
-        (``CUDA0``, ``CPU``, ``rpc:HOST:PORT``: devices.py), else on all GPUs there are. Raises NotFoundError for a
-        missing file, UsageError for an unknown device, NetworkError where an RPC server does not answer, DynrunError
-        where llama.cpp refuses the file.
+        ``fixed`` weights are mapped, not copied into memory of their own, and cannot be written. With ``mtp`` the MTP
+        blocks too, which only :meth:`watch_inputs` runs. With ``device`` on that one alone (``CUDA0``, ``CPU``,
+        ``rpc:HOST:PORT``: devices.py), else on all GPUs there are. Raises NotFoundError for a missing file, UsageError
+        for an unknown device, NetworkError where an RPC server does not answer, DynrunError where llama.cpp refuses the
+        file.
         """
-        model, log, has_mtp, mtp_missing = _load(path, n_gpu_layers, mtp, device)
+        model, log, has_mtp, mtp_missing = _load(path, n_gpu_layers, mtp, device, fixed)
         lib, dispatcher = llama(), Dispatcher()
         callback = lib.ggml_backend_sched_eval_callback(dispatcher)
         settings = lib.llama_context_default_params()
@@ -135,24 +124,31 @@ class Engine(Vocabulary):
         runner = MtpRunner.open(model, context, settings, dispatcher) if has_mtp else None
         if has_mtp and runner is None:
             mtp_missing = f"llama.cpp makes no context for the MTP blocks: {log.last_error()}"
-        return cls(path, model, context, dispatcher, (callback, log), runner, mtp_missing)
+        return cls(path, model, context, dispatcher, (callback, log), runner, mtp_missing, fixed)
 
     def close(self) -> None:
         """Free the model."""
         if self._mtp is not None:
             self._mtp.close()
             self._mtp = None
-        if self._context is not None:
-            self._llama.llama_free(self._context)
-            self._context = None
+        if self._opened is not None:
+            self._llama.llama_free(self._opened)
+            self._opened = None
         super().close()
+
+    @property
+    def _context(self) -> Any:
+        """llama.cpp's pointer, which must not be used once it is freed."""
+        if self._opened is None:
+            raise ValueError(f"{self.path} is closed")
+        return self._opened
 
     # -- logits ----------------------------------------------------------------------------------------------------
 
     def logits(self, tokens: Tokens, outputs: Sequence[int] | None = None) -> Logits:
         """Logits [n_outputs, n_vocab] after each position in ``outputs`` (all of them by default).
 
-        Raises ValueError for an empty or too long sequence.
+        Raises ValueError for an empty or too long sequence, and for positions that it does not have.
         """
         chosen = tuple(range(len(tokens))) if outputs is None else tuple(outputs)
         return self._decode([tokens], chosen)
@@ -163,6 +159,7 @@ class Engine(Vocabulary):
         A block lies in llama.cpp's own memory: it is gone when the next one is asked for.
         """
         self.forget()
+        _check_outputs(outputs, len(tokens))
         for start in range(0, len(tokens), n_rows):
             wanted = tuple(position - start for position in outputs if start <= position < start + n_rows)
             self._decode_pieces([Piece(0, start, tokens[start : start + n_rows], wanted)])
@@ -237,6 +234,7 @@ class Engine(Vocabulary):
     ) -> Logits:
         """``outputs`` count through all sequences; so do the rows of the result."""
         self.forget()
+        _check_outputs(outputs, sum(map(len, sequences)))
         pieces, start = [], 0
         for i, tokens in enumerate(sequences):
             here = tuple(sorted(position - start for position in outputs if start <= position < start + len(tokens)))
@@ -252,8 +250,12 @@ class Engine(Vocabulary):
         n_tokens = sum(len(piece.tokens) for piece in pieces)
         if not all(len(piece.tokens) for piece in pieces) or not 0 < n_tokens <= self.n_batch:
             raise ValueError(f"a batch of {n_tokens} tokens; this engine takes 1 to {self.n_batch}, no empty sequence")
-        if any(piece.sequence >= self.n_seq_max for piece in pieces):
+        if not all(0 <= piece.sequence < self.n_seq_max for piece in pieces):
             raise ValueError(f"{len(pieces)} sequences; this engine takes {self.n_seq_max}")
+        for piece in pieces:
+            _check_outputs(piece.outputs, len(piece.tokens))
+            if not all(0 <= token < self.n_vocab for token in piece.tokens):
+                raise ValueError(f"a token that is none of {self.n_vocab}")
         lib = self._llama
         batch = lib.llama_batch_init(n_tokens, 0, 1)
         try:
@@ -278,7 +280,7 @@ class Engine(Vocabulary):
     def _find_weights(self) -> tuple[dict[str, Weight], Mapping[str, str]]:
         """Decode one token and look at what every node reads: the weights, and for each the first with its input."""
         first = self.bos if self.bos >= 0 else 0
-        tap = _FindCopies(self._ggml, self.header.tensors)
+        tap = FindCopies(self._ggml, self.header.tensors)
         self._decode([[first]], (0,), tap)
         pointers, input_of = tap.found, tap.input_of
         if self._mtp is not None:
@@ -290,22 +292,46 @@ class Engine(Vocabulary):
                 self._mtp, self.mtp_missing, heads = None, error.message, []
             for head in heads:
                 pointers, input_of = pointers | head.found, input_of | head.input_of
-        weights = {name: _weight(name, pointer, tap.copies.get(name, set())) for name, pointer in pointers.items()}
+        weights = {name: described(name, pointer, tap.copies.get(name, set())) for name, pointer in pointers.items()}
         return weights, input_of
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """By name; their pointers are of use until the model is freed. Raises ValueError afterwards."""
+        _ = self._context  # raises where it is freed
+        return self._of_weights[0]
+
+    @property
+    def input_of(self) -> Mapping[str, str]:
+        """For each weight the first one that reads the same input."""
+        return self._of_weights[1]
+
+    @property
+    def _of_weights(self) -> tuple[dict[str, Weight], Mapping[str, str]]:
+        # Where nothing is replaced few want them, and finding them takes as long as a token.
+        self._found = self._found or self._find_weights()
+        return self._found
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a weight as it is now."""
         return self._ggml.tensor_bytes(self.weights[name].pointer)
 
     def write(self, name: str, data: npt.NDArray[Any]) -> None:
-        """Have other bytes in weight ``name`` from now on. Raises ValueError for another size."""
+        """Have other bytes in weight ``name`` from now on. Raises ValueError for another size, and if it is fixed."""
+        if self._fixed:
+            raise ValueError(f"{self.path} was opened with weights that stay")
         weight = self.weights[name]
         for pointer in (weight.pointer, *weight.copies):
             self._ggml.set_tensor_bytes(pointer, data)
 
     @contextmanager
     def replaced(self, name: str, data: npt.NDArray[Any]) -> Iterator[None]:
-        """Have other bytes in weight ``name``; afterwards it is restored, whatever happens in between."""
+        """Have other bytes in weight ``name``; afterwards it is restored, whatever happens in between.
+
+        Raises ValueError for another size, and for NaN and infinity in a weight of full precision.
+        """
+        if not is_finite(data, self.weights[name].type_id):
+            raise ValueError(f"values for {name} that are not finite")
         original = self.read(name)
         self.write(name, data)
         try:
@@ -314,39 +340,23 @@ class Engine(Vocabulary):
             self.write(name, original)
 
 
-def _load(path: Path, n_gpu_layers: int, mtp: bool, device: str) -> tuple[Any, LlamaLog, bool, str]:
+def _load(path: Path, n_gpu_layers: int, mtp: bool, device: str, mapped: bool) -> tuple[Any, LlamaLog, bool, str]:
     """The model, what it logs, whether its MTP blocks were loaded, and why not where it has some."""
     header = read_header(path)
     missing = why_not(header) if mtp else ""
+    where: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "device": device, "mapped": mapped}
     if mtp and mtp_blocks(header.metadata) and not missing:
         try:
-            return *load_model(path, n_gpu_layers=n_gpu_layers, load_mtp=True, device=device), True, ""
+            return *load_model(path, **where, load_mtp=True), True, ""
         except DynrunError as error:  # the blocks may be what does not fit into memory
             missing = error.message
-    return *load_model(path, n_gpu_layers=n_gpu_layers, device=device), False, missing
+    return *load_model(path, **where), False, missing
 
 
-class _FindCopies(FindTensors):
-    """Also every tensor of the same name: ``copies[name]``."""
-
-    def __init__(self, lib: Ggml, names: Iterable[str]) -> None:
-        super().__init__(lib, names)
-        self.copies: dict[str, set[int]] = {}
-
-    def ask(self, pointer: int, node: GgmlTensor) -> bool:
-        for source in sources(node):
-            name = GgmlTensor.from_address(source).name.decode("utf-8", "replace")
-            if name in self.wanted:
-                self.copies.setdefault(name, set()).add(source)
-        return super().ask(pointer, node)
-
-
-def _weight(name: str, pointer: int, copies: set[int]) -> Weight:
-    tensor = GgmlTensor.from_address(pointer)
-    shape = list(tensor.ne)
-    while len(shape) > 1 and shape[-1] == 1:
-        shape.pop()
-    return Weight(name, pointer, tensor.type, tuple(shape), tuple(copies - {pointer}))
+def _check_outputs(outputs: Sequence[int], n_tokens: int) -> None:
+    """Each is a row of logits that is read: one too many would be read from beyond them."""
+    if len(set(outputs)) != len(outputs) or not all(0 <= position < n_tokens for position in outputs):
+        raise ValueError(f"outputs that are not {len(outputs)} of {n_tokens} positions")
 
 
 def _fill(batch: Any, pieces: Sequence[Piece]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynrun.errors import DynrunError
+from dynrun.gguf.tensor_types import TYPE_OF_ID, TensorType
 from dynrun.llamacpp.build import installation
 
 MAX_DIMS, MAX_SRC, MAX_NAME, OP_PARAMS = 4, 10, 64, 16
@@ -51,6 +52,7 @@ _VOID, _SIZE, _INT, _I64 = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctype
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_quantize_chunk": (_SIZE, (_INT, _VOID, _VOID, _I64, _I64, _I64, _VOID)),
     "ggml_quantize_init": (None, (_INT,)),
+    "ggml_quantize_requires_imatrix": (ctypes.c_bool, (_INT,)),
     "ggml_row_size": (_SIZE, (_INT, _I64)),
     "ggml_get_type_traits": (_VOID, (_INT,)),
     "ggml_type_name": (ctypes.c_char_p, (_INT,)),
@@ -140,11 +142,23 @@ class Ggml:
     def quantize(
         self, type_id: int, rows: npt.NDArray[np.float32], imatrix: npt.NDArray[np.float32] | None
     ) -> npt.NDArray[np.uint8]:
-        """Quantize ``rows`` [n_rows, n_per_row] by ggml_quantize_chunk; ``imatrix`` [n_per_row] or None."""
+        """Quantize ``rows`` [n_rows, n_per_row] by ggml_quantize_chunk; ``imatrix`` [n_per_row] or None.
+
+        Raises ValueError for what ggml would abort on, or read past the end of.
+        """
         rows = np.ascontiguousarray(rows, dtype=np.float32)
+        if rows.ndim != 2:
+            raise ValueError(f"rows of {rows.ndim} dimensions")
         n_rows, n_per_row = rows.shape
-        out = np.empty(n_rows * self.ggml_row_size(type_id, n_per_row), dtype=np.uint8)
+        kind = _kind(type_id, n_per_row)
         weights = None if imatrix is None else np.ascontiguousarray(imatrix, dtype=np.float32)
+        if weights is None and self.ggml_quantize_requires_imatrix(type_id):
+            raise ValueError(f"{kind.name} needs an imatrix")
+        if weights is not None and weights.shape != (n_per_row,):
+            raise ValueError(f"an imatrix of {weights.shape} for rows of {n_per_row}")
+        if not np.isfinite(rows).all() or not (weights is None or np.isfinite(weights).all()):
+            raise ValueError(f"values that are not finite cannot be {kind.name}")
+        out = np.empty(n_rows * self.ggml_row_size(type_id, n_per_row), dtype=np.uint8)
         pointer = None if weights is None else weights.ctypes.data
         written = self.ggml_quantize_chunk(type_id, rows.ctypes.data, out.ctypes.data, 0, n_rows, n_per_row, pointer)
         if written != out.size:
@@ -154,9 +168,17 @@ class Ggml:
     def dequantize(
         self, type_id: int, data: npt.NDArray[np.uint8], n_rows: int, n_per_row: int
     ) -> npt.NDArray[np.float32]:
-        """Values of quantized ``data`` as float32 [n_rows, n_per_row], by the type's own to_float."""
+        """Values of quantized ``data`` as float32 [n_rows, n_per_row], by the type's own to_float.
+
+        Raises ValueError for another number of bytes than they take, and for a type that has no to_float.
+        """
+        kind, data = _kind(type_id, n_per_row), np.ascontiguousarray(data)
+        if data.nbytes != kind.nbytes(n_rows * n_per_row):
+            raise ValueError(f"{data.nbytes} bytes for {n_rows} rows of {n_per_row} in {kind.name}")
         out = np.empty((n_rows, n_per_row), dtype=np.float32)
         traits = _TypeTraits.from_address(self.ggml_get_type_traits(type_id))
+        if not traits.to_float:
+            raise ValueError(f"{kind.name} is not quantized")
         _TO_FLOAT(traits.to_float)(data.ctypes.data, out.ctypes.data, out.size)
         return out
 
@@ -175,9 +197,21 @@ class Ggml:
     def set_tensor_bytes(self, pointer: int, data: npt.NDArray[Any]) -> None:
         """Overwrite a tensor on any backend. Raises ValueError if ``data`` has another size."""
         data = np.ascontiguousarray(data)
+        if data.dtype.hasobject:
+            raise ValueError("pointers for a tensor")
         if data.nbytes != self.ggml_nbytes(pointer):
             raise ValueError(f"{data.nbytes} bytes for a tensor of {self.ggml_nbytes(pointer)}")
         self.ggml_backend_tensor_set(pointer, data.ctypes.data, 0, data.nbytes)
+
+
+def _kind(type_id: int, n_per_row: int) -> TensorType:
+    """The type with that number. Raises ValueError for none, and for rows that are no whole blocks of it."""
+    kind = TYPE_OF_ID.get(type_id)
+    if kind is None:
+        raise ValueError(f"no tensor type has the number {type_id}")
+    if n_per_row < 1 or not kind.fits(n_per_row):
+        raise ValueError(f"rows of {n_per_row} values in {kind.name}, whose blocks have {kind.block_size}")
+    return kind
 
 
 def shared_library(folder: Path, name: str) -> Path:

@@ -14,10 +14,10 @@ numpy on threads rather than torch: a few rows at a time stay in the cache, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ Logits = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Following = npt.NDArray[np.int64]
+
+T = TypeVar("T")
 
 # Values worked on at a time by a thread: half a megabyte an array.
 _TILE = 1 << 17
@@ -79,11 +81,17 @@ def divergence(reference: Logits | Reference, model: Logits, following: Followin
     def work(rows: slice) -> Divergence:
         return _rows(source.values(rows), model[rows], None if following is None else following[rows])
 
-    tiles = list(_tiles(n, max(1, _TILE // n_vocab)))
+    return joined(each_tile(work, n, n_vocab))
+
+
+def each_tile(work: Callable[[slice], T], n: int, n_vocab: int) -> list[T]:
+    """What ``work`` makes of all of ``n`` rows, a few of them at a time, on threads."""
+    step = max(1, _TILE // n_vocab)
+    tiles = [slice(start, min(start + step, n)) for start in range(0, n, step)]
     if len(tiles) < 2:
-        return joined([work(rows) for rows in tiles])
+        return [work(rows) for rows in tiles]
     with ThreadPoolExecutor(min(available_cores(), _MOST_THREADS)) as pool:
-        return joined(list(pool.map(work, tiles)))
+        return list(pool.map(work, tiles))
 
 
 def joined(parts: list[Divergence]) -> Divergence:
@@ -93,10 +101,6 @@ def joined(parts: list[Divergence]) -> Divergence:
     found.append((nothing, nothing.astype(np.bool_), nothing, nothing))
     kld, same, p, q = (np.concatenate(columns) for columns in zip(*found, strict=True))
     return Divergence(kld, same, p, q)
-
-
-def _tiles(n: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 def _rows(z: Logits, y: Logits, following: Following | None) -> Divergence:

@@ -14,10 +14,12 @@ probable token stays the most probable. Mean KLDs move by less than 1e-6.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dynrun.artifacts import MANIFEST, StageFolder, atomic_path, key_of, sha256_bytes, sha256_file, stage_folder
-from dynrun.errors import DoesNotFitError, DynrunError
+from dynrun.errors import MALFORMED, DoesNotFitError, DynrunError
 from dynrun.gguf.header import read_header
 from dynrun.gguf.shards import read_shards
 from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.engine import Engine, Logits
 from dynrun.llamacpp.not_finite import not_finite
+from dynrun.scoring.ahead import ahead
+from dynrun.scoring.divergence import each_tile
 
 Codes = npt.NDArray[np.uint16]
 Progress = Callable[[int, int, str], None]
@@ -40,8 +44,6 @@ _RANGE_NATS = 40.0
 _TOP_CODE = 65535
 # uint16 cells that the two float32 of a row take.
 _HEAD = 4
-# Rows coded at a time: temporaries stay small beside the logits themselves.
-_CHUNK = 64
 # Counts up when the codes change.
 _FORMAT = 2
 # How a recording may differ from the one that is wanted, in words; by the key of its inputs.
@@ -78,21 +80,23 @@ def parts_key(parts: Sequence[Scored]) -> str:
 def encode_logits(logits: Logits) -> Codes:
     """Logits [n, n_vocab] as codes [n, 4 + n_vocab]. Raises ValueError for NaN or +∞; −∞ is clamped as the tail is."""
     codes = np.empty((len(logits), _HEAD + logits.shape[1]), dtype=np.uint16)
-    for i in range(0, len(logits), _CHUNK):
-        rows = logits[i : i + _CHUNK]
-        top = rows.max(axis=1, keepdims=True)
-        if not np.isfinite(top).all():
-            raise ValueError("logits that are not finite")
-        spread = np.clip(top - rows.min(axis=1, keepdims=True), np.float32(1e-6), np.float32(_RANGE_NATS))
-        below = np.subtract(top, rows)
-        np.divide(below, spread, out=below)
-        np.minimum(below, 1, out=below)
-        np.sqrt(below, out=below)
-        below *= _TOP_CODE
-        np.rint(below, out=below)
-        codes[i : i + _CHUNK, :_HEAD] = np.concatenate([top, spread], axis=1).view(np.uint16)
-        codes[i : i + _CHUNK, _HEAD:] = below
+    each_tile(lambda rows: _encode(logits[rows], codes[rows]), *logits.shape)
     return codes
+
+
+def _encode(logits: Logits, codes: Codes) -> None:
+    top = logits.max(axis=1, keepdims=True)
+    if not np.isfinite(top).all():
+        raise ValueError("logits that are not finite")
+    spread = np.clip(top - logits.min(axis=1, keepdims=True), np.float32(1e-6), np.float32(_RANGE_NATS))
+    below = np.subtract(top, logits)
+    np.divide(below, spread, out=below)
+    np.minimum(below, 1, out=below)
+    np.sqrt(below, out=below)
+    below *= _TOP_CODE
+    np.rint(below, out=below)
+    codes[:, :_HEAD] = np.concatenate([top, spread], axis=1).view(np.uint16)
+    codes[:, _HEAD:] = below
 
 
 def decode_logits(codes: Codes) -> Logits:
@@ -141,14 +145,10 @@ class ReferenceLogits:
     def coded(self, i: int) -> Coded:
         """Logits [n_outputs, n_vocab] of part ``i``, on disk. Raises DynrunError where its file is gone or damaged."""
         path = _file(self.folder, i)
-        try:
-            codes = np.asarray(np.load(path, mmap_mode="r"))
-        except (OSError, ValueError, EOFError) as error:
+        codes = _read_codes(path, (len(self.parts[i].outputs), _HEAD + self.n_vocab))
+        if codes is None:
             self.discard()
-            raise DynrunError(f"{path} is gone or damaged", fix="run the same command again") from error
-        if codes.shape != (len(self.parts[i].outputs), _HEAD + self.n_vocab):
-            self.discard()
-            raise DynrunError(f"{path} holds other logits than expected", fix="run the same command again")
+            raise DynrunError(f"{path} is gone, damaged, or of other logits", fix="run the same command again")
         return Coded(codes)
 
     @property
@@ -186,7 +186,15 @@ def record_reference(
             with open_for(reference, parts, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as engine:
                 record_into(folder, parts, engine.n_vocab, lambda part: _finite(engine, part), progress)
                 folder.commit({"n_vocab": engine.n_vocab}, elapsed_s=time.monotonic() - started)
-        return ReferenceLogits(folder, tuple(parts), int(folder.manifest()["result"]["n_vocab"]))
+        return ReferenceLogits(folder, tuple(parts), _n_vocab(folder))
+
+
+def _n_vocab(folder: StageFolder) -> int:
+    try:
+        return int(folder.manifest()["result"]["n_vocab"])
+    except MALFORMED as error:
+        shutil.rmtree(folder.path, ignore_errors=True)
+        raise DynrunError(f"{folder / MANIFEST} is damaged", fix="run the same command again") from error
 
 
 def open_for(path: Path, parts: Sequence[Scored], *, n_threads: int, n_gpu_layers: int = -1) -> Engine:
@@ -196,7 +204,8 @@ def open_for(path: Path, parts: Sequence[Scored], *, n_threads: int, n_gpu_layer
     n_batch = min(longest, max(16, _DECODE_BYTES // (4 * n_vocab)))
     # Equal decodes rather than a short one at the end.
     n_batch = -(-longest // -(-longest // n_batch))
-    return Engine.open(path, n_ctx=longest, n_batch=n_batch, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    size: dict[str, Any] = {"n_ctx": longest, "n_batch": n_batch, "n_threads": n_threads}
+    return Engine.open(path, **size, n_gpu_layers=n_gpu_layers, fixed=True)
 
 
 def score(engine: Engine, part: Scored) -> Iterator[Logits]:
@@ -233,12 +242,12 @@ def ignored_recordings(reference: Path, parts: Sequence[Scored]) -> str:
     reasons: dict[str, str] = {}
     for path in sorted(wanted.path.parent.glob(f"*/{MANIFEST}")):
         try:
-            inputs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["inputs"]
-        except (OSError, ValueError, KeyError):
+            inputs: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8"))["inputs"])
+        except (OSError, *MALFORMED):
             continue
         if inputs.get("reference") == wanted.inputs["reference"]:
             other = [key for key in wanted.inputs if inputs.get(key) != wanted.inputs[key]]
-            reasons |= {key: _OTHER[key].format(inputs.get(key)) for key in other}
+            reasons |= {key: _OTHER[key].format(str(inputs.get(key))) for key in other}
     if not reasons:
         return ""
     return f"kept log-probabilities of {reference.name} are not used: they are of {', '.join(reasons.values())}"
@@ -256,19 +265,47 @@ def record_into(
     score: Callable[[Scored], Iterable[Logits]],
     progress: Progress = lambda *_: None,
 ) -> None:
-    """Write the logits that ``score`` gives, block by block, for each part that ``folder`` lacks."""
+    """Write the logits that ``score`` gives, block by block, for each part that ``folder`` lacks.
+
+    A block is written, and a part brought to the disk, while the next block is decoded.
+    """
     missing = [i for i in range(len(parts)) if not _file(folder, i).is_file()]
     _check_disk(folder.path, sum(len(parts[i].outputs) for i in missing) * row_bytes(n_vocab))
     total = sum(len(part.tokens) for part in parts)
     done = total - sum(len(parts[i].tokens) for i in missing)
-    for i in missing:
-        with atomic_path(_file(folder, i)) as temporary, temporary.open("wb") as stream:
-            form = {"descr": "<u2", "fortran_order": False, "shape": (len(parts[i].outputs), _HEAD + n_vocab)}
-            np.lib.format.write_array_header_1_0(stream, form)
-            for block in score(parts[i]):
-                encode_logits(block).tofile(stream)
-        done += len(parts[i].tokens)
-        progress(done, total, "reference")
+    blocks = (encode_logits(block) for i in missing for block in score(parts[i]))
+    with closing(ahead(blocks)) as coming:
+        for i in missing:
+            n_rows = len(parts[i].outputs)
+            with atomic_path(_file(folder, i)) as temporary, temporary.open("wb") as stream:
+                stream.write(_npy_head((n_rows, _HEAD + n_vocab)))
+                while n_rows:
+                    codes = next(coming)
+                    codes.tofile(stream)
+                    n_rows -= len(codes)
+            done += len(parts[i].tokens)
+            progress(done, total, "reference")
+
+
+def _npy_head(shape: tuple[int, int]) -> bytes:
+    """The first bytes of a file of codes; compared, not parsed, when it is read."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<u2", "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def _read_codes(path: Path, shape: tuple[int, int]) -> Codes | None:
+    """The codes in ``path``; None where it is not whole, or maxima and ranges are none of :func:`encode_logits`."""
+    head, n_bytes = _npy_head(shape), 2 * shape[0] * shape[1]
+    try:
+        with path.open("rb") as stream:
+            if stream.read(len(head)) != head or path.stat().st_size != len(head) + n_bytes:
+                return None
+        codes = np.asarray(np.memmap(path, "<u2", "r", len(head), shape))
+    except (OSError, ValueError):
+        return None
+    top, spread = _heads(codes).T
+    return codes if np.isfinite(top).all() and ((spread > 0) & (spread <= np.float32(_RANGE_NATS))).all() else None
 
 
 def _file(folder: StageFolder, i: int) -> Path:
