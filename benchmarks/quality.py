@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import quality_rows as rows
-from quality_bench import Bench, Method, Narrator, log
+from quality_bench import Bench, Method, Narrator, log, named
 from quality_files import MadeFile, file_of
 from quality_rows import NO_FEEDBACK, OURS, OURS_PLAIN, STOCK, STOCK_FEEDBACK, Cell, method_name
 from quality_summary import RANDOM, WMSE, WMSE_ROW, draw, markdown, summarize
@@ -206,20 +206,13 @@ def methods_of(text: str) -> list[Method]:
     return sorted(found, key=lambda method: (_ORDER.index(method[0]), method[1] or 0))
 
 
-def _named(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
-    return name, value
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--summarize", type=Path, metavar="DIR")
     parser.add_argument("--labels", default=LABELS)
     parser.add_argument("--methods", default=METHODS)
-    parser.add_argument("--text", action="append", type=_named, default=[], metavar="NAME=FILE")
+    parser.add_argument("--text", action="append", type=named, default=[], metavar="NAME=FILE")
     parser.add_argument("--eval-tokens", type=int, default=4096)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--probe-tokens", type=int)

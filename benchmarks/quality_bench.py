@@ -5,6 +5,7 @@ Takes settings and stages of the product; chooses no types and measures nothing 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -46,6 +47,14 @@ class Narrator:
 def log(line: str) -> None:
     """A line on stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def named(text: str) -> tuple[str, str]:
+    """An option's NAME=FILE."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    return name, value
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def plan_passes(inputs: Mapping[str, tuple[int, int]], memory_bytes: int) -> lis
         if one > memory_bytes:
             raise DoesNotFitError(
                 f"the covariance of {name} takes {one / 1e9:.2f} GB, more than {memory_bytes / 1e9:.2f} GB",
-                fix=f"give --covariance-memory {-(-one // 10**6)}M",
+                fix=f"give --memory {-(-one // 10**6)}M",
             )
         first = 0
         while first < n_expert:

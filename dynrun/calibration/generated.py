@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from dynrun.artifacts import (
     Outcome,
@@ -31,7 +31,7 @@ from dynrun.artifacts import (
 )
 from dynrun.calibration.conversation import Conversation
 from dynrun.config import Config
-from dynrun.errors import DynrunError, NotFoundError, UsageError
+from dynrun.errors import MALFORMED, DynrunError, NotFoundError, UsageError
 from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.server import Server
 from dynrun.models import Reference
@@ -46,7 +46,7 @@ _SAMPLING = {"top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_penalty": 1.0}
 # Bytes: see without_loop.
 _PIECE, _NEWS = 128, 40
 # A slot may be slow for as long as it likes: if the server dies, the connection breaks.
-_TIMEOUT = httpx.Timeout(10.0, read=None)
+_TIMEOUT = httpx2.Timeout(10.0, read=None)
 
 Progress = Callable[[float, float, str], None]
 
@@ -237,7 +237,7 @@ class _Job:
             asker = _Asker(client, self.settings, templated, server.log)
             try:
                 self._loop(journal, progress, lambda prompt, round_: pool.submit(asker.ask, prompt, round_))
-            except httpx.TransportError as error:
+            except httpx2.TransportError as error:
                 broken = DynrunError(f"llama-server stopped answering: {error}", fix="see its log", log=server.log)
                 raise server.death() or broken from error
             finally:
@@ -286,7 +286,7 @@ class _Job:
 class _Asker:
     """One request; used by many threads."""
 
-    client: httpx.Client
+    client: httpx2.Client
     settings: GenerationSettings
     templated: bool
     log: Path
@@ -294,26 +294,26 @@ class _Asker:
     def ask(self, prompt: Prompt, round_: int) -> dict[str, Any]:
         """The record of an answer; one with ``n_tokens`` 0 where there is none to keep.
 
-        A failed request is tried once more. Raises httpx.TransportError or DynrunError.
+        A failed request is tried once more. Raises httpx2.TransportError or DynrunError.
         """
         try:
             response = self._post(prompt, round_, 0)
-        except httpx.TransportError:
+        except httpx2.TransportError:
+            response = None
+        # Perhaps a text that llama-server cannot parse: another one.
+        if response is None or response.is_server_error:
             response = self._post(prompt, round_, 1)
-        else:
-            if response.is_server_error:
-                # A text that llama-server cannot parse: another one.
-                response = self._post(prompt, round_, 1)
         record = _record(prompt, round_)
         if response.is_success:
-            return record | self._said(prompt, response.json())
+            try:
+                return record | self._said(prompt, response.json())
+            except MALFORMED as error:
+                raise DynrunError(f"llama-server's answer to {prompt.id} makes no sense", log=self.log) from error
         if "exceed_context_size_error" in response.text:
             return record
-        raise DynrunError(
-            f"llama-server refused the prompt {prompt.id}: {_reason(response)}", fix="see its log", log=self.log
-        )
+        raise DynrunError(f"llama-server refused the prompt {prompt.id}: {_reason(response)}", log=self.log)
 
-    def _post(self, prompt: Prompt, round_: int, attempt: int) -> httpx.Response:
+    def _post(self, prompt: Prompt, round_: int, attempt: int) -> httpx2.Response:
         body: dict[str, Any] = {
             **_SAMPLING,
             "temperature": self.settings.temperature,
@@ -391,8 +391,8 @@ def _seed(seed: int, prompt_id: str, round_: int, attempt: int) -> int:
     return int(sha256_bytes(f"{seed}\0{prompt_id}\0{round_}\0{attempt}".encode())[:8], 16) >> 1
 
 
-def _reason(response: httpx.Response) -> str:
+def _reason(response: httpx2.Response) -> str:
     try:
         return str(response.json()["error"]["message"])[:300]
-    except (ValueError, KeyError, TypeError):
+    except MALFORMED:
         return f"status {response.status_code}"

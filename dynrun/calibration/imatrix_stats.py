@@ -76,7 +76,7 @@ def layer_statistics(rows: Sequence[TensorStatistics]) -> list[LayerStatistics]:
     return found
 
 
-def kind_of(weight: str) -> tuple[int | None, str]:
+def block_and_kind(weight: str) -> tuple[int | None, str]:
     """Block and kind of a weight by its name, as process_tensor_name has them: (3, "attn_q")."""
     parts = weight.split(".")
     after = parts[parts.index("blk") + 1 : parts.index("blk") + 2] if "blk" in parts else []
@@ -93,7 +93,7 @@ def _row(imatrix: Imatrix, name: str, used: set[str]) -> TensorStatistics:
     mean = total / np.float32(n)
     stddev = np.sqrt(np.maximum(_sum(means * means) / np.float32(n) - mean * mean, np.float32(0)))
     entropy = _entropy(means, total)
-    block, tensor = kind_of(name)
+    block, tensor = block_and_kind(name)
     return TensorStatistics(
         weight=name,
         block=block,

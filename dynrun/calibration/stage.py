@@ -41,15 +41,15 @@ class ImatrixSettings:
     """``n_tokens`` of calibration text in sequences of at most ``n_ctx``.
 
     With experts, text goes on to ``cap`` tokens until each expert has seen ``min_expert_tokens``; one that is still
-    short is topped up with its layer's mean. ``covariance_memory``: bytes for the covariance, None for none.
-    ``checkpoint_s``: seconds between checkpoints; changes no result. ``covariance_memory`` neither.
+    short is topped up with its layer's mean. ``checkpoint_s``: seconds between checkpoints; ``memory``: bytes for the
+    covariance, then for the factors made of it (None: as usual). Neither changes a result.
     """
 
     n_tokens: int = 32768
     n_ctx: int = 512
     min_expert_tokens: int = 256
     max_tokens: int | None = None
-    covariance_memory: int | None = None
+    memory: int | None = None
     checkpoint_s: float = 30.0
 
     @property
@@ -179,14 +179,14 @@ def make_imatrix(job: Job) -> ImatrixStage:
 def make_covariance(job: Job) -> CovarianceStage:
     """Σxxᵀ of every input, or find it; the imatrix too, from the same pass, where it is not there yet.
 
-    ``settings.covariance_memory`` bounds what is summed at once: more passes where not all fits. Raises DoesNotFitError
+    ``settings.memory`` bounds what is summed at once: more passes where not all fits. Raises DoesNotFitError
     where one matrix is larger than that.
     """
 
     def work(folder: StageFolder) -> Mapping[str, Any]:
         with job.engine() as engine:
             widths = {name: (engine.weights[name].shape[0], n) for name, n in inputs_of(engine).items()}
-            passes = plan_passes(widths, job.settings.covariance_memory or _COVARIANCE_MEMORY)
+            passes = plan_passes(widths, job.settings.memory or _COVARIANCE_MEMORY)
             speeds = [_covariance_pass(job, engine, units, folder) for units in passes]
             input_of = dict(engine.input_of)
         return {"input_of": input_of, "n_passes": len(passes), "tokens_per_second": round(speeds[0], 1)}

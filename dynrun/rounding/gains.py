@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from dynrun.calibration.imatrix_stats import kind_of
+from dynrun.calibration.imatrix_stats import block_and_kind
 from dynrun.rounding.store import Feedback
 
 # Types of one construction, the first of each group that a tensor can have standing for all.
@@ -36,7 +36,7 @@ def gains(
     """tensor → type → ratio in (0, 1], for the types that each tensor in ``candidates`` can have."""
     kinds: dict[str, dict[int, str]] = defaultdict(dict)
     for name in candidates:
-        block, kind = kind_of(name)
+        block, kind = block_and_kind(name)
         kinds[kind][block or 0] = name
     sampled = {kind: _spread(sorted(layers)) for kind, layers in kinds.items()}
     found: dict[str, dict[str, float]] = {name: dict.fromkeys(types, 1.0) for name, types in candidates.items()}

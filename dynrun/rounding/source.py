@@ -14,23 +14,31 @@ import numpy.typing as npt
 
 from dynrun.calibration.covariance import Covariance
 from dynrun.calibration.imatrix import Imatrix
+from dynrun.errors import DoesNotFitError
 from dynrun.gguf.weights import WeightFile
 from dynrun.rounding.factor import Factor, factor
 from dynrun.rounding.settings import FeedbackSettings
 
 Rows = npt.NDArray[np.float32]
 _KEPT = 4
+# Matrices of the input's width, float32, that a factor is, and that are there while one is made: the covariance, as it
+# is read and whole, and what the decomposition takes.
+_FACTOR_MATRICES, _WORK_MATRICES = 2, 6
 
 
 @dataclass
 class Source:
-    """A model's weights with the imatrix and the covariance of their inputs."""
+    """A model's weights with the imatrix and the covariance of their inputs.
+
+    ``memory``: bytes that the covariance at hand and its factors may take, None for what it needs.
+    """
 
     weights: WeightFile
     imatrix: Imatrix
     covariance: Covariance
     settings: FeedbackSettings
     device: str = "cpu"
+    memory: int | None = None
     _input: tuple[str, int] | None = None
     _matrix: Rows | None = None
     _factors: dict[tuple[float, int], Factor] = field(default_factory=dict)
@@ -80,10 +88,10 @@ class Source:
             self._input, self._matrix = key, self.covariance.matrix(name, expert)
         assert self._matrix is not None
         if (strength, width) not in self._factors:
-            # Of a wide input one of them takes a gigabyte.
-            while len(self._factors) >= _KEPT:
-                self._factors.pop(next(iter(self._factors)))
             n = len(self._matrix)
+            most = self._most_factors(name, n)
+            while len(self._factors) >= most:
+                self._factors.pop(next(iter(self._factors)))
             shrink = self.settings.shrinkage(strength, n, self.covariance.count(name, expert))
             energy = np.diag(self._matrix).reshape(-1, width).sum(axis=1, dtype=np.float64)
             slabs = np.argsort(-energy, kind="stable")
@@ -91,3 +99,17 @@ class Source:
             made = factor(self._matrix, self.settings.damping, order, shrink=shrink, device=self.device)
             self._factors[strength, width] = made
         return self._factors[strength, width]
+
+    def _most_factors(self, name: str, n: int) -> int:
+        """How many factors of an input of width ``n`` may be there at once: of a wide one each takes a gigabyte."""
+        if self.memory is None:
+            return _KEPT
+        one = n * n * 4
+        most = (self.memory - _WORK_MATRICES * one) // (_FACTOR_MATRICES * one) + 1
+        if most < 1:
+            needed = _WORK_MATRICES * one
+            raise DoesNotFitError(
+                f"rounding {name} takes {needed / 1e9:.2f} GB, more than {self.memory / 1e9:.2f} GB",
+                fix=f"give --memory {-(-needed // 10**6)}M, or --no-feedback",
+            )
+        return min(_KEPT, most)

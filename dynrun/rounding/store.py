@@ -136,17 +136,16 @@ def open_feedback(
     settings: FeedbackSettings,
     *,
     n_threads: int,
+    memory: int | None = None,
 ) -> Iterator[Feedback]:
-    """The store of one model's rounded tensors; one process at a time has it."""
+    """The store of one model's rounded tensors; one process at a time has it. ``memory``: see source.py."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = feedback_folder(reference, imatrix, covariance, settings)
     with folder.locked():
-        for leftover in folder.path.glob(".*.part"):
-            leftover.unlink()
         entries = read_imatrix(imatrix.path)
-        source = Source(WeightFile(reference.path), entries, covariance.covariance, settings, device)
+        source = Source(WeightFile(reference.path), entries, covariance.covariance, settings, device, memory)
         text = settings.text(covariance.key, covariance.n_ctx)
         yield Feedback(folder, source, Rounder(n_threads, device), text)
 

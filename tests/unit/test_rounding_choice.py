@@ -67,3 +67,12 @@ def test_only_doubtful_kinds_are_measured_by_themselves() -> None:
     found = best_rounding(model, TYPES, ["ffn_up"], QUIET)
     assert found["plain"] == []
     assert model.asked == [frozenset(TYPES), frozenset(), frozenset(tensors_of(TYPES, ["ffn_up"]))]
+
+
+def test_what_is_measured_is_told_as_it_goes() -> None:
+    model, told = Measured({"attn_k": 0.3, "attn_v": 0.3, "ffn_up": 0.1}, everywhere(0.2), [0, 0, 0, 0]), []
+    best_rounding(model, TYPES, ("attn_k", "attn_v"), lambda *progress: told.append(progress))
+    assert [(done, total) for done, total, _ in told] == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5), (5, 5)]
+    notes = [note.split(":")[0] for _, _, note in told]
+    assert notes == ["plain rounding", "feedback", "attn_k plain", "attn_v plain", "attn_k attn_v plain", ""]
+    assert told[0][2] == "plain rounding: KLD 0.60000"
