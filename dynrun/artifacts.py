@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dynrun import __version__
-from dynrun.errors import DoesNotFitError, DynrunError, NotFoundError, UsageError
+from dynrun.errors import MALFORMED, DoesNotFitError, DynrunError, NotFoundError, UsageError
 from dynrun.paths import cache_dir, stages_dir
 
 MANIFEST = "manifest.json"
@@ -224,7 +224,7 @@ class StageFolder:
         try:
             files: dict[str, int] = self.manifest()["files"]
             return all((self.path / name).stat().st_size == size for name, size in files.items())
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (OSError, *MALFORMED):
             return False
 
     def __truediv__(self, name: str) -> Path:
@@ -255,6 +255,10 @@ class StageFolder:
         with file_lock(self.path.with_suffix(".lock")):
             with translated_os_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
+                if not self.complete:
+                    # Temporary files of a run that was killed: nobody else works here, we hold the lock.
+                    for leftover in self.path.glob(".*.part"):
+                        leftover.unlink()
             yield
 
 
@@ -282,9 +286,6 @@ def run_stage(folder: StageFolder, work: Callable[[StageFolder], Mapping[str, An
             return Outcome(folder.name, manifest["result"], manifest["elapsed_s"], cached=True)
         started = time.monotonic()
         with translated_os_errors(folder.path):
-            # Temporary files of a run that was killed: nobody else works here, we hold the lock.
-            for leftover in folder.path.glob(".*.part"):
-                leftover.unlink()
             result = work(folder)
             elapsed_s = time.monotonic() - started
             folder.commit(result, elapsed_s=elapsed_s)

@@ -60,7 +60,8 @@ def make_batch(
             file = out / f"{shared.reference.name}-{label}.gguf" if out else None
             inputs = (shared, target, settings, reporter, log, file)
             one = make_file(*inputs, split_max_size=split_max_size, commands=commands)
-            made.append(_sharing(one, shared) if i else one)
+            # The first waits for all that is shared.
+            made.append(_sharing(one, shared) if i else replace(one, elapsed_s=time.monotonic() - started))
     folder = out or made_path(shared.reference.name, "batch").with_suffix("")
     imatrix = folder / f"{shared.reference.name}-imatrix.gguf"
     link_or_copy(made[0].imatrix.path, imatrix)

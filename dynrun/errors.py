@@ -56,3 +56,5 @@ class DoesNotFitError(DynrunError):
 
 
 INTERRUPTED_EXIT_CODE = 130
+# What it ends in to read data of another shape than expected, beside KeyboardInterrupt and the like.
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)

@@ -88,7 +88,8 @@ def resolve(model: str) -> Model:
     """
     path = Path(model).expanduser()
     if path.is_file():
-        return Model(path.stem, path.resolve())
+        # Not resolved: in the Hub's cache the name of a file is its link's.
+        return Model(path.stem, path.absolute())
     if path.is_dir() and model not in BUILTIN:
         return _converted(path)
     if model in BUILTIN:

@@ -185,8 +185,10 @@ def write_from_scheme(
         source = folder / _ROUNDED_FILE
         plain = tensors_of(scheme.types, scheme.feedback_except.split())
         write_rounded(reference.header, scheme.types, plain, feedback, source, on_tensor)
-    _run(source, folder, ftype, imatrix, n_threads, on_tensor, types=_TYPES_FILE, strings=strings)
-    (folder / _ROUNDED_FILE).unlink(missing_ok=True)
+    try:
+        _run(source, folder, ftype, imatrix, n_threads, on_tensor, types=_TYPES_FILE, strings=strings)
+    finally:
+        (folder / _ROUNDED_FILE).unlink(missing_ok=True)
     _prove(folder / MODEL_FILE, reference.header, scheme.types, size)
     return folder / MODEL_FILE
 
@@ -262,19 +264,21 @@ def _run(
     types: str | None = None,
     strings: Mapping[str, str] | None = None,
 ) -> None:
-    partial = f"{MODEL_FILE}.part"
-    tools.quantize(
-        source,
-        partial,
-        ftype,
-        folder=folder,
-        n_threads=n_threads,
-        imatrix=imatrix.path.name,
-        tensor_type_file=types,
-        strings=strings,
-        on_tensor=on_tensor,
-    )
-    (folder / partial).replace(folder / MODEL_FILE)
+    partial = folder / f"{MODEL_FILE}.part"
+    try:
+        tools.quantize(
+            *(source, partial.name, ftype),
+            folder=folder,
+            n_threads=n_threads,
+            imatrix=imatrix.path.name,
+            tensor_type_file=types,
+            strings=strings,
+            on_tensor=on_tensor,
+        )
+        partial.replace(folder / MODEL_FILE)
+    finally:
+        # On a full disk all the room that there was.
+        partial.unlink(missing_ok=True)
 
 
 def _prove(path: Path, source: Header, types: Mapping[str, str], size_bytes: int) -> None:

@@ -154,7 +154,8 @@ def feedback_of(reference: Reference, found: Statistics, settings: Settings) -> 
         yield None
         return
     inputs = (reference, found.imatrix, found.covariance, settings.feedback)
-    with open_feedback(*inputs, n_threads=settings.config.n_threads) as feedback:
+    memory, n_threads = settings.imatrix.memory, settings.config.n_threads
+    with open_feedback(*inputs, n_threads=n_threads, memory=memory) as feedback:
         yield feedback
 
 

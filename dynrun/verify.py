@@ -264,6 +264,6 @@ def _values(made: WeightFile, name: str, begin: int, n_rows: int) -> npt.NDArray
     """Rows of a tensor of any type, as float32."""
     tensor = made.header.tensors[name]
     if tensor.type in FULL_PRECISION:
-        return made.rows(name, slice(begin, begin + n_rows))
+        return made.rows(name, slice(begin, begin + n_rows), finite=False)
     kind, n_columns = TENSOR_TYPES[tensor.type], tensor.shape[0]
     return ggml().dequantize(kind.ggml_id, made.row_bytes(name, begin, n_rows), n_rows, n_columns)

@@ -9,9 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from dynrun.config import available_cores
 
+# How long an example takes is the machine's affair, which may be busy.
+settings.register_profile("dynrun", deadline=None)
+settings.load_profile("dynrun")
 # As it was before any test changed it: where the user's own models lie.
 _USER_CACHE = os.environ.get("DYNRUN_CACHE")
 _SCRUBBED = ("DYNRUN_THREADS", "DYNRUN_N_GPU_LAYERS", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE")

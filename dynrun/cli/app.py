@@ -5,91 +5,20 @@ Command modules import what is heavy inside their functions: `--help` must answe
 
 from __future__ import annotations
 
+import gc
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
 from dynrun import __version__
-from dynrun.cli import (
-    allocate,
-    bench,
-    compare,
-    convert,
-    demo,
-    doctor,
-    eval_flips,
-    eval_harness,
-    eval_kld,
-    eval_mmlu,
-    eval_task,
-    export,
-    imatrix,
-    lint,
-    ls,
-    make,
-    plan,
-    pull,
-    push,
-    quantize,
-    rm,
-    run,
-    scheme,
-    sensitivity,
-    serve,
-    show,
-    tui,
-    verify,
-)
+from dynrun.cli import tui
 from dynrun.cli.command_line import ARGUMENTS
+from dynrun.cli.commands import add_commands
 from dynrun.errors import INTERRUPTED_EXIT_CODE, DynrunError, UsageError
-
-COMMANDS: tuple[Callable[..., None], ...] = (
-    *(pull.pull, rm.rm),
-    *(make.make, convert.convert, run.run, serve.serve, bench.bench, ls.ls, show.show, doctor.doctor, demo.demo),
-    *(imatrix.imatrix, sensitivity.sensitivity, allocate.allocate, quantize.quantize),
-    *(verify.verify, compare.compare, push.push),
-    plan.plan,
-    lint.lint,
-    tui.tui,
-)
-
-app = typer.Typer(
-    name="dynrun",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Make, prove and run the best GGUF quantization of a model for a given size.",
-)
-for command in COMMANDS:
-    app.command()(command)
-evaluate = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure a model against its reference.")
-evaluate.command("kld")(eval_kld.eval_kld)
-evaluate.command("mmlu")(eval_mmlu.eval_mmlu)
-evaluate.command("task")(eval_task.eval_task)
-evaluate.command("flips")(eval_flips.eval_flips)
-evaluate.command("harness")(eval_harness.eval_harness)
-app.add_typer(evaluate, name="eval")
-exports = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Hand a file to another program on this machine; with --json. Example: dynrun export lmstudio demo:Q3_K_M",
-)
-exports.command("ollama")(export.ollama)
-exports.command("lmstudio")(export.lmstudio)
-app.add_typer(exports, name="export")
-schemes = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Look at schemes, compare them, take them out of GGUFs; each with --json. Example: dynrun scheme show S.toml",
-)
-schemes.command("show")(scheme.show)
-schemes.command("diff")(scheme.diff)
-schemes.command("from")(scheme.from_gguf)
-app.add_typer(schemes, name="scheme")
 
 
 def _version(wanted: bool) -> None:
@@ -98,8 +27,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
-def options(
+def _options(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -113,12 +41,29 @@ def options(
         raise typer.Exit(UsageError.exit_code)
 
 
+def _app(arguments: Sequence[str]) -> typer.Typer:
+    """With the command that ``arguments`` name; with all of them where they name none."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.callback(invoke_without_command=True)(_options)
+    word = arguments[0] if arguments else "tui" if tui.on_terminal() else ""
+    add_commands(app, word)
+    return app
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; every error ends in one line on stderr and its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        return _run(list(argv))
+    exit_code = _run(sys.argv[1:])
+    # Python would look through all that there is for garbage once more at its end: a tenth of a second.
+    gc.freeze()
+    return exit_code
+
+
+def _run(arguments: list[str]) -> int:
     ARGUMENTS.set(tuple(arguments))
     try:
-        result: Any = typer.main.get_command(app).main(arguments, prog_name="dynrun", standalone_mode=False)
+        result: Any = typer.main.get_command(_app(arguments)).main(arguments, prog_name="dynrun", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except DynrunError as error:
         print(f"dynrun: {error}", file=sys.stderr)

@@ -16,18 +16,14 @@ if TYPE_CHECKING:
     from dynrun.stages import Settings
 
 
-def quants(quant: str | None) -> list[str]:
-    """The labels in ``A,B,C``. Raises UsageError for an empty one."""
+def quants(quant: str | None, *others: object) -> list[str]:
+    """The labels in ``A,B,C``. Raises UsageError for an empty one, and for several where any of ``others`` is given."""
     labels = [label.strip() for label in quant.split(",")] if quant else []
     if not all(labels):
         raise UsageError(f"--quant {quant} has an empty name", fix="write it as Q2_K,Q3_K_M,Q4_K_M")
-    return labels
-
-
-def check_alone(*others: object) -> None:
-    """Raise UsageError for what several quants cannot be combined with."""
-    if any(other is not None for other in others):
+    if len(labels) > 1 and any(other is not None for other in others):
         raise UsageError("several quants go with none of --bpw, --size and --scheme", fix="leave it out")
+    return labels
 
 
 def run_batch(

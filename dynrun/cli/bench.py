@@ -56,25 +56,26 @@ def bench(
     Example: dynrun bench demo:Q3_K_M --placements auto,cpu --compare last
     """
     if types is not None:
-        if models:
-            raise UsageError("--types measures models of its own", fix="leave the models out")
-        _types(types, menu, settings, as_json)
+        _types(types, models, menu, settings, as_json)
         return
     if not models:
         raise UsageError("which model?", fix="name one, as in: dynrun bench demo")
 
     from dynrun.runtime.bench import Limits, parse_tests
-    from dynrun.runtime.bench_history import keep
+    from dynrun.runtime.bench_history import keep, last_like, read_result
     from dynrun.runtime.bench_result import result_of
     from dynrun.runtime.bench_setups import parse_placements
 
     wanted, named = parse_tests(tests), parse_placements(placements)
+    # What is wrong with it is told before minutes of measuring.
+    before = None if compare in (None, "last") else read_result(Path(str(compare)))
     machine, made = _setups(models, named, settings)
     found = _measure(made, wanted, Limits(precision, max_seconds))
     data = result_of(found, machine)
     # Before this one is the last.
-    changes = [] if compare is None else _compared(compare, data)
+    before = last_like(data) if compare == "last" else before
     keep(data)
+    changes = _changes(compare, before, data)
     told = {**data, "comparison": [asdict(change) for change in changes]} if compare else data
     emit(as_json, told, lambda: _show(found, changes, precision))
 
@@ -110,12 +111,12 @@ def _measure(made: list[Setup], tests: Any, limits: Any) -> Bench:
     return found
 
 
-def _compared(name: str, data: Result) -> list[Compared]:
-    from dynrun.runtime.bench_history import comparisons, earlier
+def _changes(compare: str | None, before: Result | None, data: Result) -> list[Compared]:
+    from dynrun.runtime.bench_history import comparisons
 
-    changes = comparisons(earlier(name, data), data)
-    if not changes:
-        raise UsageError(f"{name} has no row of this bench", fix="bench the same models, placements and tests")
+    changes = [] if before is None else comparisons(before, data)
+    if compare and not changes:
+        say("no earlier bench has a row of this one" if compare == "last" else f"{compare} has no row of this bench")
     return changes
 
 
@@ -143,7 +144,10 @@ def _show(found: Bench, changes: list[Compared], precision: float) -> None:
         )
 
 
-def _types(path: Path, menu: str, settings: Running, as_json: bool) -> None:
+def _types(path: Path, models: list[str] | None, menu: str, settings: Running, as_json: bool) -> None:
+    if models:
+        raise UsageError("--types measures models of its own", fix="leave the models out")
+
     from dynrun.config import load_config
     from dynrun.gguf.tensor_types import parse_menu
     from dynrun.runtime.this_machine import this_machine

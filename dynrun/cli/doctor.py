@@ -23,7 +23,7 @@ from dynrun.llamacpp.process import capture, exit_reason, scrubbed_environment
 from dynrun.paths import cache_dir
 
 _BUILD = "run python3 build.py"
-_MODULES = ("gguf", "httpx", "huggingface_hub", "jinja2", "llama_cpp", "numpy", "psutil", "rich", "scipy", "torch")
+_MODULES = ("gguf", "httpx2", "huggingface_hub", "jinja2", "llama_cpp", "numpy", "psutil", "rich", "scipy", "torch")
 # The demo's reference, quants and results take about 1.2 GB; its sweep keeps the model and its logits in memory.
 _DISK_BYTES = 2_000_000_000
 _MEMORY_BYTES = 2_000_000_000

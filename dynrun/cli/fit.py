@@ -58,7 +58,8 @@ def _size(values: dict[str, Any], n_ctx: int, path: Path | None) -> int:
 
     if given := [name for name in _SIZES if values.get(name) is not None]:
         raise UsageError(f"--fit and --{given[0]} both say how large the file may be", fix="leave one out")
-    prepare(values["model"], values["trust_remote_code"], check=values["check"])
+    values["model"] = prepare(values["model"], values["trust_remote_code"], check=values["check"])
+    values["check"] = False
     machine = read_machine(path) if path else this_machine()
     header = open_reference(values["model"]).header
     found = fit(header, machine, Wishes(n_ctx=n_ctx))

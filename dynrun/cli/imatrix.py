@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,9 +28,6 @@ def imatrix(
     covariance: Annotated[
         bool, typer.Option("--covariance", help="Collect the covariance of the weights' inputs as well.")
     ] = False,
-    covariance_memory: Annotated[
-        str, typer.Option("--covariance-memory", help="Memory for it: more passes where not all fits.")
-    ] = "4G",
     stats: Annotated[
         bool, typer.Option("--stats", help="Print what is in it, as llama-imatrix --show-statistics, and draw it.")
     ] = False,
@@ -48,8 +45,7 @@ def imatrix(
     from dynrun.models import open_reference
 
     reference = open_reference(model)
-    memory = options.size_bytes(covariance_memory)
-    made, matrices = _collect(reference, settings, memory if covariance else None)
+    made, matrices = _collect(reference, settings, covariance)
     if out is not None:
         link_or_copy(made.path, out)
     for note in notes(made):
@@ -63,16 +59,14 @@ def imatrix(
         emit(as_json, data, lambda: _show(made, out or made.path, matrices))
 
 
-def _collect(reference: Reference, settings: Settings, memory: int | None) -> _Collected:
-    """The covariance is collected where it may use ``memory`` bytes."""
+def _collect(reference: Reference, settings: Settings, covariance: bool) -> _Collected:
     from dynrun.calibration.stage import make_covariance
     from dynrun.stages import imatrix_stage, job_for, read_texts
 
     reporter = StageReporter()
     texts = read_texts(reference, settings, reporter)
     matrices = None
-    if memory is not None:
-        settings = replace(settings, imatrix=replace(settings.imatrix, covariance_memory=memory))
+    if covariance:
         # First, as its first pass gives the imatrix too.
         reporter.stage("covariance", f"{settings.imatrix.n_tokens:,} tokens of {texts.name}")
         matrices = make_covariance(job_for(reference, texts, settings, reporter))

@@ -10,9 +10,9 @@ import typer
 
 from dynrun.cli import options
 from dynrun.cli.allocate import SchemePath, candidates_json, scheme_for, wanted
-from dynrun.cli.batch import check_alone, quants, run_batch
+from dynrun.cli.batch import quants, run_batch
 from dynrun.cli.command_line import command_line
-from dynrun.cli.convert import Check, TrustCode, prepare
+from dynrun.cli.convert import Check, TrustCode, prepare, unconverted
 from dynrun.cli.fit import fitting
 from dynrun.cli.output import StageReporter, candidates_table, emit, megabytes, say
 from dynrun.cli.quantize import SplitMaxSize
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dynrun.calibration.stage import ImatrixStage
     from dynrun.choose import Chosen
     from dynrun.evaluation.kld import Row
-    from dynrun.make import Made
+    from dynrun.make import Made, PlannedStage
     from dynrun.scheme import Scheme
     from dynrun.stages import Settings
     from dynrun.target import Target
@@ -61,17 +61,19 @@ def make(
     Killed and run again, it goes on. Example: dynrun make demo --quant Q3_K_M. Several, from safetensors: dynrun make
     ./Qwen3-4B --quant Q2_K,Q4_K_M --out quants/. A fine-tune: dynrun make tuned.gguf --scheme demo-Q3_K_M.scheme.toml
     """
+    if dry_run and (first := unconverted(model, trust_remote_code)):
+        _show_stages(first, as_json)
+        return
     probes = options.probes(probe_tokens, probe_error, probe_group, probe_devices)
     settings = options.choosing(settings, probes, options.search(candidates, rounds), no_feedback)
     settings = replace(settings, eval_tokens=eval_tokens)
-    labels, shard_bytes = quants(quant), max_bytes(split_max_size)
-    prepare(model, trust_remote_code, check=check, n_files=max(1, len(labels)))
+    labels, shard_bytes = quants(quant, bpw, size, scheme), max_bytes(split_max_size)
+    model = prepare(model, trust_remote_code, check=check, n_files=max(1, len(labels)))
     if len(labels) > 1:
-        check_alone(bpw, size, scheme)
         run_batch(model, labels, settings, out, shard_bytes, dry_run=dry_run, as_json=as_json)
-    else:
-        target, known = wanted(quant, bpw, size, scheme), scheme_for(model, scheme)
-        _run_one(model, target, settings, out, known, shard_bytes, dry_run=dry_run, as_json=as_json)
+        return
+    target = wanted(quant, bpw, size, scheme)
+    _run_one(model, target, settings, out, scheme, shard_bytes, dry_run=dry_run, as_json=as_json)
 
 
 def _run_one(
@@ -79,16 +81,17 @@ def _run_one(
     target: Target | None,
     settings: Settings,
     out: Path | None,
-    scheme: Scheme | None,
+    scheme: Path | None,
     split_max_size: int | None,
     *,
     dry_run: bool,
     as_json: bool,
 ) -> None:
+    known = scheme_for(model, scheme)
     if dry_run:
-        _dry_run(model, target, settings, scheme, split_max_size, as_json)
+        _dry_run(model, target, settings, known, split_max_size, as_json)
     else:
-        made = run_make(model, target, settings, out, scheme, split_max_size)
+        made = run_make(model, target, settings, out, known, split_max_size)
         emit(as_json, to_json(made), lambda: show(made))
 
 
@@ -152,8 +155,10 @@ def _dry_run(
 ) -> None:
     from dynrun.make import plan
 
-    stages = plan(model, target, settings, scheme=scheme, split_max_size=split_max_size)
+    _show_stages(plan(model, target, settings, scheme=scheme, split_max_size=split_max_size), as_json)
 
+
+def _show_stages(stages: list[PlannedStage], as_json: bool) -> None:
     def show_plan() -> None:
         for stage in stages:
             print(f"{stage.name:13} {'found' if stage.cached else 'to do':6} {stage.detail}")

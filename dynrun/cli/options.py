@@ -78,6 +78,15 @@ MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", min=64, help="But to no more tokens than these (default: 4 times --tokens)."),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="For the statistics and for rounding, beside the weights: in more passes where not all fits (default: 4G "
+        "for statistics, what one tensor takes for rounding).",
+    ),
+]
 ChatTemplate = Annotated[
     Path | None, typer.Option("--chat-template", metavar="FILE", help="A Jinja template instead of the model's own.")
 ]
@@ -153,6 +162,7 @@ def settings(
     ctx: CalibrationCtx = 512,
     min_expert_tokens: MinExpertTokens = 256,
     max_tokens: MaxTokens = None,
+    memory: Memory = None,
     chat_template: ChatTemplate = None,
     imatrix: ImatrixFiles = None,
 ) -> Settings:
@@ -165,7 +175,9 @@ def settings(
         calibration=calibration,
         chat_template=chat_template,
         imatrix_files=tuple(imatrix or ()),
-        imatrix=ImatrixSettings(tokens, ctx, min_expert_tokens, max_tokens),
+        imatrix=ImatrixSettings(
+            tokens, ctx, min_expert_tokens, max_tokens, memory=size_bytes(memory) if memory else None
+        ),
         config=load_config(),
     )
 

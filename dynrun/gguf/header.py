@@ -8,8 +8,10 @@ against budgets, so that a hostile file costs bounded memory and time. Format: d
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ _MAX_NESTING = 4
 _MAX_STRING, _MAX_ARRAY = 1 << 26, 1 << 24
 # Of the whole header: bytes, values in arrays (a large vocabulary and its merges are two million), entries, tensors.
 _MAX_BYTES, _MAX_VALUES, _MAX_ENTRIES, _MAX_TENSORS = 1 << 27, 1 << 22, 1 << 16, 1 << 18
+# A file written so lately may be written again within the same tick of its time stamps.
+_UNSETTLED_S = 2.0
 # Bytes [offset, offset + length) of a file, fewer at its end.
 Read = Callable[[int, int], bytes]
 DEFAULT_ALIGNMENT = 32
@@ -79,22 +83,35 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of the GGUF at ``path``.
+    """The header of the GGUF at ``path``; one that was read before is not parsed again while the file is the same.
 
     Raises NotFoundError for a missing file, DynrunError for one that is no whole GGUF.
     """
     if not path.is_file():
         raise NotFoundError(f"{path} does not exist", fix="check the path")
     try:
-        with path.open("rb") as stream:
-
-            def read(offset: int, length: int) -> bytes:
-                stream.seek(offset)
-                return stream.read(length)
-
-            return parse_header(path, read, path.stat().st_size)
+        seen = path.stat()
+        if abs(time.time() - seen.st_mtime) < _UNSETTLED_S:
+            return _from_disk(path, seen.st_size)
+        return _remembered(path, seen.st_size, (seen.st_dev, seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns))
     except OSError as error:
         raise DynrunError(f"{path} cannot be read: {error.strerror}", fix="check its permissions") from error
+
+
+# Of a large vocabulary one takes tens of megabytes.
+@lru_cache(maxsize=4)
+def _remembered(path: Path, size: int, _identity: tuple[int, ...]) -> Header:
+    return _from_disk(path, size)
+
+
+def _from_disk(path: Path, size: int) -> Header:
+    with path.open("rb") as stream:
+
+        def read(offset: int, length: int) -> bytes:
+            stream.seek(offset)
+            return stream.read(length)
+
+        return parse_header(path, read, size)
 
 
 def parse_header(path: Path, read: Read, size: int) -> Header:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dynrun.errors import UsageError
+from dynrun.errors import DynrunError, UsageError
 from dynrun.gguf.header import TensorInfo, read_header
 
 Rows = npt.NDArray[np.float32]
@@ -25,12 +25,18 @@ class WeightFile:
         """Rows of all matrices of a tensor: ne1 × n_expert."""
         return int(np.prod(self.header.tensors[name].shape[1:], dtype=np.int64))
 
-    def rows(self, name: str, index: slice | npt.NDArray[np.int64] = slice(None)) -> Rows:
+    def rows(self, name: str, index: slice | npt.NDArray[np.int64] = slice(None), *, finite: bool = True) -> Rows:
         """Rows of ``name`` as float32 [n, ne0]; expert tensors are their experts' rows, one after the other.
 
-        Raises UsageError for a tensor that is already quantized.
+        Raises UsageError for a tensor that is already quantized, and unless ``finite`` is false DynrunError for NaN and
+        infinity: ggml's quantizers abort on some of them and hide the others.
         """
-        return _as_float32(self.path, self.header.tensors[name], self._raw(name))[index]
+        found = _as_float32(self.path, self.header.tensors[name], self._raw(name))[index]
+        if finite and not np.isfinite(found).all():
+            raise DynrunError(
+                f"{name} of {self.path} holds values that are not finite", fix="download or make the file again"
+            )
+        return found
 
     def row_bytes(self, name: str, begin: int, n: int) -> npt.NDArray[np.uint8]:
         """The bytes of ``n`` rows of a tensor of any type, from row ``begin`` on; a copy."""

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from dynrun.artifacts import discard, file_lock, key_of, translated_os_errors, write_json
-from dynrun.errors import DoesNotFitError, DynrunError
+from dynrun.errors import MALFORMED, DoesNotFitError, DynrunError
 from dynrun.llamacpp.backends import TOOLKIT_FOLDERS, Choice
 from dynrun.llamacpp.process import ToolError, capture, new_log, scrubbed_environment, stream
 from dynrun.llamacpp.source import Pin
@@ -72,7 +72,7 @@ def installation() -> Installation:
     try:
         data = json.loads(record.read_text(encoding="utf-8"))
         found = Installation(Path(data["bin"]), data["fingerprint"], data["backend"], data["commit"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise DynrunError("llama.cpp has not been built for this environment", fix="run python3 build.py") from error
     if not found.bin.is_dir():
         raise DynrunError(f"the compiled llama.cpp is gone from {found.bin}", fix="run python3 build.py")

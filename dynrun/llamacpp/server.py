@@ -19,7 +19,7 @@ from threading import Event
 from types import TracebackType
 from typing import IO, Self
 
-import httpx
+import httpx2
 
 from dynrun.artifacts import translated_os_errors
 from dynrun.errors import INTERRUPTED_EXIT_CODE, DoesNotFitError, DynrunError, NotFoundError
@@ -32,6 +32,8 @@ from dynrun.paths import cache_dir
 DEFAULT_N_CTX = 4096
 LOOPBACK = "127.0.0.1"
 _POLL_S = 0.02
+# How much of a log is read. A start logs a few hundred kilobytes.
+_LOG_BYTES = 8 << 20
 # How long a broken connection may be ahead of the end of the process that broke it (a core dump takes its time).
 _DYING_S = 10.0
 # "…: listening on http://127.0.0.1:38417"
@@ -139,7 +141,7 @@ class LlamaServer:
         self._child.kill()
         self._child.wait()
 
-    def client(self) -> httpx.Client:
+    def client(self) -> httpx2.Client:
         """A client with the server's URL and key."""
         return client(self.url, self.api_key)
 
@@ -163,10 +165,10 @@ class LlamaServer:
         return error
 
     def log_text(self) -> str:
-        """What it has logged since its start."""
+        """What it has logged since its start; of a log of months the last megabytes."""
         with self.log.open("rb") as stream:
-            stream.seek(self._log_start)
-            return stream.read().decode("utf-8", "replace")
+            stream.seek(max(self._log_start, self.log.stat().st_size - _LOG_BYTES))
+            return stream.read(_LOG_BYTES).decode("utf-8", "replace")
 
     def _argv(self) -> list[str]:
         # Port 0: the system picks a free one and the server says which, so nobody can be faster.
@@ -198,8 +200,8 @@ class LlamaServer:
 
     def _healthy(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).status_code == httpx.codes.OK
-        except httpx.TransportError:
+            return httpx2.get(f"{self.url}/health", timeout=5.0, trust_env=False).status_code == httpx2.codes.OK
+        except httpx2.RequestError:  # also what cannot be decoded: somebody else's answer
             return False
 
 
@@ -246,12 +248,12 @@ def template_options(chat_template: Path | None) -> list[str]:
     return ["--jinja", "--chat-template-file", str(chat_template)]
 
 
-def client(url: str, api_key: str) -> httpx.Client:
+def client(url: str, api_key: str) -> httpx2.Client:
     """A client for a server at ``url``. No proxy of the environment is asked: the server is this machine."""
     # Nothing is sent while a long prompt is read, except a ping every half minute (--sse-ping-interval).
-    timeout = httpx.Timeout(10.0, read=600.0)
+    timeout = httpx2.Timeout(10.0, read=600.0)
     headers = {"Authorization": f"Bearer {api_key}"}
-    return httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
+    return httpx2.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
 
 
 def reachable(host: str) -> str:

@@ -40,8 +40,12 @@ _HOST = re.compile(
     r"ggml_aligned_malloc|mem_buffer|\bCPU(_\w+)? buffer|CUDA_Host|bad_alloc|cannot allocate memory|pinned", re.I
 )
 _ABORT = re.compile(r"GGML_ASSERT|GGML_ABORT|CUDA error|terminate called|what\(\):")
+# ggml/src/ggml-rpc/transport.cpp; the line of the abort itself may come before it, or be lost with the logger's thread.
+_HUNG_UP = re.compile(r"(?:recv|send) failed \(bytes_")
 _MALFORMED = re.compile(r"invalid magic|corrupted or incomplete|not within the file bounds|failed to read")
 _TEMPLATE = re.compile(r"common_chat_templates_init: error: |failed to apply template: ")
+# Characters of a line that are looked at.
+_LONGEST = 2000
 _SMALLER = "use a smaller context (--ctx), a smaller quant, or free some memory"
 
 
@@ -61,13 +65,19 @@ def cause_of_death(log_text: str, exit_code: int) -> Death:
         cause = "it was killed (SIGKILL), probably by the system because the machine's memory ran out"
         return Death(cause, _SMALLER, "killed", host=True)
     if exit_code == -6:
-        last_words = next((line for line in errors if _ABORT.search(line)), errors[-1] if errors else "no reason given")
-        fix = "start the RPC server again" if "RPC" in last_words else "report it with the log"
-        return Death(f"it aborted (SIGABRT): {_plain(last_words)}", fix, "aborted")
+        return _aborted(errors)
     telling = [line for line in errors if "exiting due to" not in line]
     last = f": {_plain(telling[-1])}" if telling else ""
     fix = "choose another --port" if "couldn't bind" in last else "see its log"
     return Death(f"it ended with {exit_reason(exit_code)}{last}", fix, "other")
+
+
+def _aborted(errors: list[str]) -> Death:
+    words = _plain(next((line for line in errors if _ABORT.search(line)), errors[-1] if errors else "no reason given"))
+    if _HUNG_UP.search(words):
+        words = f"Remote RPC server hung up: {words}"
+    fix = "start the RPC server again" if "RPC" in words else "report it with the log"
+    return Death(f"it aborted (SIGABRT): {words}", fix, "aborted")
 
 
 def _memory_line(errors: list[str]) -> str:
@@ -79,7 +89,8 @@ def _memory_line(errors: list[str]) -> str:
 def _error_lines(log_text: str) -> list[str]:
     """Lines of level E and, of those without a level, the ones that speak of a fault."""
     found = []
-    for line in log_text.splitlines():
+    for whole in log_text.splitlines():
+        line = whole[:_LONGEST]
         match = _LINE.match(line)
         if match and match[1] == "E":
             found.append(match[2].strip())

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dynrun.artifacts import translated_os_errors
-from dynrun.errors import DoesNotFitError, DynrunError
+from dynrun.errors import MALFORMED, DoesNotFitError, DynrunError
 from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.process import Completed, ToolError, new_log, scrubbed_environment, stream
 from dynrun.paths import cache_dir
 
+# On a disk with less free a large write has just failed.
+_NO_ROOM = 1 << 20
+# How often llama-completion's answer may be lost.
+_TRIES = 6
 _NUMBER = r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))"
 
 
@@ -30,18 +36,27 @@ def _run(
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
     cancel: threading.Event | None = None,
+    writes: Path | None = None,
 ) -> Completed:
+    """``writes``: the folder that the program writes a file into."""
     argv = (installation().program(name), *arguments)
     # Away from the user's llama.cpp/config.ini, which sets any option that is not given (common/arg.cpp).
     environment = scrubbed_environment({"XDG_CONFIG_HOME": str(cache_dir() / "no-config")})
     told = on_line or (lambda _: None)
     done = stream(argv, told, log=new_log(name), env=environment, cwd=cwd, check=False, cancel=cancel)
     text = done.stdout[-4000:] + "\n".join(done.stderr_tail)
-    if "No space left on device" in text:
+    if _disk_was_full(text, writes):
         raise DoesNotFitError(f"the disk became full while {name} was writing", fix="free some space", log=done.log)
     if done.exit_code:
         raise _failed(done, text)
     return done
+
+
+def _disk_was_full(text: str, folder: Path | None) -> bool:
+    """Whether that is why a program wrote ``text``; C++'s streams give no reason, but the disk is full still."""
+    if "No space left on device" in text:
+        return True
+    return folder is not None and "iostream error" in text and shutil.disk_usage(folder).free < _NO_ROOM
 
 
 def _failed(done: Completed, text: str) -> ToolError:
@@ -126,7 +141,8 @@ def quantize(
         if match := re.match(r"\[ *(\d+)/ *(\d+)\]", line):
             on_tensor(int(match[1]), int(match[2]))
 
-    done = _run("llama-quantize", [*arguments, model, out, ftype, str(n_threads)], cwd=folder, on_line=watch)
+    arguments += [model, out, ftype, str(n_threads)]
+    done = _run("llama-quantize", arguments, cwd=folder, on_line=watch, writes=folder)
     if not (folder / out).is_file() or "quantize time" not in _both(done):
         raise _unproven(done, "wrote no file")
     return done
@@ -166,7 +182,7 @@ def collect_imatrix(
     arguments += ["--parse-special"] if parse_special else []
     arguments += ["--process-output"] if process_output else []
     arguments += [] if repack else ["--no-repack"]
-    done = _run("llama-imatrix", arguments)
+    done = _run("llama-imatrix", arguments, writes=out.parent)
     if not out.is_file():
         raise _unproven(done, "wrote no imatrix")
 
@@ -191,7 +207,7 @@ class PerplexityKld:
 def perplexity_base(model: Path, text: Path, base: Path, *, n_ctx: int, n_threads: int) -> None:
     """Write the base file of log-probabilities that :func:`perplexity_kld` compares with."""
     common: list[str | Path] = ["-m", model, "-f", text, "-c", str(n_ctx), "-b", str(n_ctx), "-t", str(n_threads)]
-    done = _run("llama-perplexity", [*common, "--kl-divergence-base", base])
+    done = _run("llama-perplexity", [*common, "--kl-divergence-base", base], writes=base.parent)
     if "Final estimate" not in _both(done) or not base.is_file():
         raise _unproven(done, "gave no final estimate")
 
@@ -240,7 +256,7 @@ def bench(
     done = _run("llama-bench", ["-m", model, *sizes, *options, "-o", "json"], cancel=cancel)
     try:
         return [_bench_row(row) for row in json.loads(done.stdout)]
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise _unproven(done, "printed no results") from error
 
 
@@ -266,22 +282,25 @@ def complete(model: Path, prompt: str, *, n_predict: int, n_threads: int) -> str
         "0",
         "-no-cnv",
     ]
-    done = _run("llama-completion", [*arguments, "--no-display-prompt", "-c", "1024"])
-    if not done.stdout.strip():
-        raise _unproven(done, "answered nothing")
-    return done.stdout
+    for attempt in range(_TRIES):
+        time.sleep(0.1 * (2**attempt - 1))
+        done = _run("llama-completion", [*arguments, "--no-display-prompt", "-c", "1024"])
+        # On a busy machine what its logger's thread still holds at the end is lost, the text too (common/log.cpp).
+        if done.stdout.strip():
+            return done.stdout
+    raise _unproven(done, "answered nothing")
 
 
 def merge_shards(first: Path, out: Path) -> None:
     """Merge the shards of a split GGUF into ``out``."""
-    done = _run("llama-gguf-split", ["--merge", first, out])
+    done = _run("llama-gguf-split", ["--merge", first, out], writes=out.parent)
     if not out.is_file():
         raise _unproven(done, "wrote no file")
 
 
 def split_file(model: Path, prefix: Path, *, max_size: str) -> list[Path]:
     """Split ``model`` into shards of at most ``max_size`` (as ``2G``), named ``prefix-00001-of-0000N.gguf``."""
-    done = _run("llama-gguf-split", ["--split", "--split-max-size", max_size, model, prefix])
+    done = _run("llama-gguf-split", ["--split", "--split-max-size", max_size, model, prefix], writes=prefix.parent)
     shards = sorted(prefix.parent.glob(f"{prefix.name}-*-of-*.gguf"))
     if not shards:
         raise _unproven(done, "wrote no shard")

@@ -24,8 +24,7 @@ class Vocabulary:
         self.path = path
         self.header = read_header(path)
         self._llama = llama()
-        self._model, self._keep_alive = model, keep_alive
-        self._vocab = self._llama.llama_model_get_vocab(model)
+        self._loaded, self._keep_alive = model, keep_alive
         self.n_vocab: int = self._llama.llama_vocab_n_tokens(self._vocab)
 
     @classmethod
@@ -36,9 +35,20 @@ class Vocabulary:
 
     def close(self) -> None:
         """Free the model."""
-        if self._model is not None:
-            self._llama.llama_model_free(self._model)
-            self._model = None
+        if self._loaded is not None:
+            self._llama.llama_model_free(self._loaded)
+            self._loaded = None
+
+    @property
+    def _model(self) -> Any:
+        """llama.cpp's pointer, which must not be used once it is freed."""
+        if self._loaded is None:
+            raise ValueError(f"{self.path} is closed")
+        return self._loaded
+
+    @property
+    def _vocab(self) -> Any:
+        return self._llama.llama_model_get_vocab(self._model)
 
     def __enter__(self) -> Self:
         return self
@@ -48,7 +58,7 @@ class Vocabulary:
 
     def tokenize(self, text: str, *, parse_special: bool = True, add_special: bool = False) -> list[int]:
         """Token ids of ``text``; special tokens in it are parsed unless told otherwise."""
-        data = text.encode()
+        data = text.encode("utf-8", "replace")
         size = len(data) + 16
         buffer = (self._llama.llama_token * size)()
         n = self._llama.llama_tokenize(self._vocab, data, len(data), buffer, size, add_special, parse_special)
@@ -57,7 +67,9 @@ class Vocabulary:
         return list(buffer[:n])
 
     def piece(self, token: int) -> bytes:
-        """The bytes of one token, special tokens as text."""
+        """The bytes of one token, special tokens as text. Raises ValueError where there is no such token."""
+        if not 0 <= token < self.n_vocab:
+            raise ValueError(f"no token {token} among {self.n_vocab}")
         buffer = ctypes.create_string_buffer(512)
         n = self._llama.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
         return buffer.raw[: max(n, 0)]
@@ -65,7 +77,9 @@ class Vocabulary:
     def token_text(self, key: str) -> str:
         """The text of the token that a metadata key names; empty where there is none."""
         token = self.header.metadata.get(key)
-        return self.piece(token).decode("utf-8", "replace") if isinstance(token, int) else ""
+        if not isinstance(token, int) or not 0 <= token < self.n_vocab:
+            return ""
+        return self.piece(token).decode("utf-8", "replace")
 
     @property
     def adds_bos(self) -> bool:
@@ -79,26 +93,33 @@ class Vocabulary:
     @property
     def eog_tokens(self) -> frozenset[int]:
         """Tokens that end a generation."""
-        return frozenset(t for t in range(self.n_vocab) if self._llama.llama_vocab_is_eog(self._vocab, t))
+        vocab = self._vocab
+        return frozenset(t for t in range(self.n_vocab) if self._llama.llama_vocab_is_eog(vocab, t))
 
     @property
     def normal_tokens(self) -> list[int]:
         """Tokens that are text: no special, unused or byte ones."""
-        lib = self._llama
+        lib, vocab = self._llama, self._vocab
         return [
             token
             for token in range(self.n_vocab)
-            if lib.llama_vocab_get_attr(self._vocab, token) & lib.LLAMA_TOKEN_ATTR_NORMAL
+            if lib.llama_vocab_get_attr(vocab, token) & lib.LLAMA_TOKEN_ATTR_NORMAL
         ]
 
 
 def load_model(
-    path: Path, *, n_gpu_layers: int = -1, vocab_only: bool = False, load_mtp: bool = False, device: str = ""
+    path: Path,
+    *,
+    n_gpu_layers: int = -1,
+    vocab_only: bool = False,
+    load_mtp: bool = False,
+    device: str = "",
+    mapped: bool = False,
 ) -> tuple[Any, LlamaLog]:
     """llama.cpp's model, with ``load_mtp`` its MTP blocks too, and what it logs.
 
-    On ``device`` (devices.py) alone where one is given. Raises NotFoundError, DynrunError, and what
-    :func:`~dynrun.llamacpp.devices.resolve` raises.
+    On ``device`` (devices.py) alone where one is given. ``mapped`` weights must not be written. Raises NotFoundError,
+    DynrunError, and what :func:`~dynrun.llamacpp.devices.resolve` raises.
     """
     if not path.is_file():
         raise NotFoundError(f"{path} does not exist", fix="check the path")
@@ -107,8 +128,10 @@ def load_model(
     log = LlamaLog(lib)
     params = lib.llama_model_default_params()
     params.n_gpu_layers, params.vocab_only, params.load_mtp = n_gpu_layers, vocab_only, load_mtp
-    # Weights must lie in memory of their own, in their own layout, to be replaced in place.
-    params.load_mode, params.use_extra_bufts = lib.LLAMA_LOAD_MODE_NONE, False
+    # To be replaced in place weights must lie in memory of their own, in their own layout; the latter everywhere, as
+    # other layouts have kernels that round otherwise.
+    params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if mapped else lib.LLAMA_LOAD_MODE_NONE
+    params.use_extra_bufts = False
     # Read during the load only; held until then.
     chosen = model_devices(device) if device else None
     params.devices = chosen and ctypes.addressof(chosen)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dynrun.artifacts import link_or_copy, write_text
-from dynrun.errors import DynrunError, UsageError
+from dynrun.errors import MALFORMED, DynrunError, UsageError
 from dynrun.gguf.header import read_header
 from dynrun.gguf.shards import read_shards
 from dynrun.llamacpp.process import capture, new_log
@@ -119,7 +119,7 @@ def lmstudio_models() -> Path:
     try:
         chosen = json.loads((home / "settings.json").read_text(encoding="utf-8"))["downloadsFolder"]
         return Path(os.path.expandvars(str(chosen))).expanduser()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *MALFORMED):
         return home / "models"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dynrun.artifacts import sha256_bytes, sha256_file
-from dynrun.errors import NotFoundError, UsageError
+from dynrun.errors import MALFORMED, NotFoundError, UsageError
 from dynrun.gguf.header import read_header
 from dynrun.gguf.shards import COUNT, read_shards
 from dynrun.report.folder import CARD, DATA, PAGE, PLOTS
@@ -122,7 +122,7 @@ def _hashes(report: Path) -> dict[str, str]:
     try:
         rows = json.loads((report / DATA).read_text(encoding="utf-8"))["report"]["files"]
         return {str(row["file"]): str(row["sha256"]) for row in rows if row["sha256"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise UsageError(f"{report / DATA} is no report of this dynrun", fix="make it again") from error
 
 

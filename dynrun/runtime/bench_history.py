@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dynrun.artifacts import append_line, read_lines, translated_os_errors
-from dynrun.errors import NotFoundError, UsageError
+from dynrun.errors import MALFORMED, NotFoundError, UsageError
 from dynrun.metrics.rates import Change, compared
 from dynrun.paths import data_dir
 
@@ -38,25 +38,21 @@ def kept() -> list[Result]:
     return read_lines(history_file(), _parsed, mend=False)
 
 
-def earlier(name: str, like: Result) -> Result:
-    """The bench in the file ``name``, or of ``last`` the latest kept one that has a row of ``like``.
+def last_like(like: Result) -> Result | None:
+    """The latest kept bench that has a row of ``like``."""
+    return next((result for result in reversed(kept()) if comparisons(result, like)), None)
 
-    Raises NotFoundError where there is none, UsageError for a file that holds no bench.
-    """
-    if name == "last":
-        for result in reversed(kept()):
-            if comparisons(result, like):
-                return result
-        raise NotFoundError("no earlier bench has a row of this one", fix="run the same bench once before")
-    path = Path(name)
+
+def read_result(path: Path) -> Result:
+    """The bench in a file. Raises NotFoundError where there is none, UsageError where it holds no bench."""
     if not path.is_file():
-        raise NotFoundError(f"{name} does not exist", fix="give the file that `dynrun bench --json` wrote, or last")
+        raise NotFoundError(f"{path} does not exist", fix="give the file that `dynrun bench --json` wrote, or last")
     try:
         text = path.read_text(encoding="utf-8")
         # One object over many lines, or a history of which the last line counts.
         return _parsed(json.loads(text)) if text.lstrip().startswith("{\n") else _last(text)
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise UsageError(f"{name} holds no bench", fix="give what `dynrun bench --json` printed") from error
+    except MALFORMED as error:
+        raise UsageError(f"{path} holds no bench", fix="give what `dynrun bench --json` printed") from error
 
 
 def _last(text: str) -> Result:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynrun.artifacts import key_of, sha256_bytes, write_json
-from dynrun.errors import UsageError
+from dynrun.errors import MALFORMED, UsageError
 from dynrun.gguf.header import read_header
 from dynrun.llamacpp.build import installation
 from dynrun.paths import cache_dir
@@ -32,7 +32,7 @@ class Remembered:
         """What worked; None where nothing is kept, or what is kept is no choice."""
         try:
             return choice_from_json(json.loads(self.path.read_text(encoding="utf-8"))["choice"])
-        except (OSError, ValueError, KeyError, TypeError, UsageError):
+        except (OSError, UsageError, *MALFORMED):
             return None
 
     def keep(self, choice: Choice) -> None:

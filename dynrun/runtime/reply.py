@@ -16,11 +16,13 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
-from dynrun.errors import DynrunError, UsageError
+from dynrun.errors import MALFORMED, DynrunError, UsageError
 from dynrun.runtime.events import Answer, Event, Finished, Reading, Said, Stop, Thought, Timings
 
 # Nothing is sent while a long prompt is read, except a ping every half minute (--sse-ping-interval).
 _SILENCE_S = 600.0
+# Bytes of an event, or of a refusal: the largest hold a token with its logprobs.
+_LONGEST = 1 << 22
 
 
 class BrokenReplyError(DynrunError):
@@ -67,9 +69,9 @@ def reply(url: str, api_key: str, endpoint: str, body: dict[str, Any], cancellat
         for event in _stream(url, api_key, endpoint, {**body, **extras}, cancellation):
             yield from parts.take(event)
     # A line may be cut where the connection breaks: no JSON, a ValueError.
-    except (OSError, HTTPException, ValueError) as error:
+    except (OSError, HTTPException, *MALFORMED) as error:
         if not cancellation.wanted:
-            raise BrokenReplyError(f"llama-server stopped answering: {error}") from error
+            raise BrokenReplyError(f"llama-server stopped answering: {str(error)[:300]}") from error
     if parts.stop is None and not cancellation.wanted:
         raise BrokenReplyError("llama-server ended its answer too early")
     yield Finished(parts.answer())
@@ -79,7 +81,7 @@ def _stream(
     url: str, api_key: str, endpoint: str, body: dict[str, Any], cancellation: Cancellation
 ) -> Iterator[dict[str, Any]]:
     address = urlsplit(url)
-    # Not httpx: its connection cannot be ended from outside while it waits for the first byte.
+    # Not httpx2: its connection cannot be ended from outside while it waits for the first byte.
     with closing(HTTPConnection(str(address.hostname), address.port, timeout=_SILENCE_S)) as connection:
         connection.connect()
         cancellation.attach(connection.sock)
@@ -94,8 +96,8 @@ def _stream(
 
 def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:
     if response.status != 200:
-        raise _refused(response.read())
-    while line := response.readline():
+        raise _refused(response.read(_LONGEST))
+    while line := response.readline(_LONGEST):
         kind, _, data = line.decode("utf-8", "replace").strip().partition(": ")
         if kind not in ("data", "error") or data == "[DONE]":
             continue
@@ -109,7 +111,7 @@ def _refused(body: bytes) -> DynrunError:
     try:
         error = json.loads(body)["error"]
         kind, message = str(error.get("type")), str(error["message"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except MALFORMED:
         kind, message = "", body.decode("utf-8", "replace")
     if kind == "exceed_context_size_error":
         fix = "shorten it, or give a larger context (--ctx) if the model has one"
@@ -133,11 +135,11 @@ class _Parts:
             self.timings = _timings(timings)
         for choice in event.get("choices", ()):
             delta = choice.get("delta") or choice
-            if thought := delta.get("reasoning_content"):
+            if thought := _text(delta, "reasoning_content"):
                 self._began()
                 self.reasoning.append(thought)
                 yield Thought(thought)
-            if text := delta.get("content") or delta.get("text"):
+            if text := _text(delta, "content") or _text(delta, "text"):
                 self._began()
                 self.text.append(text)
                 yield Said(text)
@@ -151,6 +153,14 @@ class _Parts:
     def answer(self) -> Answer:
         text, reasoning = "".join(self.text), "".join(self.reasoning)
         return Answer(text, reasoning, self.timings, self.stop or "cancelled", self.first_token_s)
+
+
+def _text(delta: dict[str, Any], name: str) -> str:
+    text = delta.get(name) or ""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is no text")
+    # JSON can hold halves of characters, which no terminal and no file takes.
+    return text.encode("utf-8", "replace").decode()
 
 
 def _timings(data: dict[str, Any]) -> Timings:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from dynrun.artifacts import write_json
 from dynrun.errors import DynrunError
@@ -47,7 +47,7 @@ def announced(url: str, key_file: Path, models: Mapping[str, tuple[Path, int]]) 
 def find_served(model: Path, n_ctx: int = 0) -> Attached | None:
     """A running server of ``model`` with at least ``n_ctx`` tokens of context; None where there is none."""
     for record in sorted(served_dir().glob("*.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError, DynrunError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, DynrunError):
             data = json.loads(record.read_text(encoding="utf-8"))
             if abs(_started_s(int(record.stem)) - data["started_s"]) > _CLOCK_S:
                 record.unlink(missing_ok=True)
@@ -68,10 +68,10 @@ def _attached(data: dict[str, Any], model: Path, n_ctx: int) -> Attached | None:
 def _answers(server: Attached) -> bool:
     headers = {"Authorization": f"Bearer {server.api_key}"}
     try:
-        answer = httpx.get(f"{server.url}/v1/models", headers=headers, timeout=_ANSWER_S, trust_env=False)
-    except httpx.TransportError:
+        answer = httpx2.get(f"{server.url}/v1/models", headers=headers, timeout=_ANSWER_S, trust_env=False)
+    except (httpx2.RequestError, httpx2.InvalidURL):
         return False
-    return answer.status_code == httpx.codes.OK
+    return answer.status_code == httpx2.codes.OK
 
 
 def _started_s(pid: int) -> float:

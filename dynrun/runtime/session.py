@@ -14,7 +14,7 @@ from threading import Event as Flag
 from types import TracebackType
 from typing import Any, Self
 
-from dynrun.errors import DynrunError, NetworkError
+from dynrun.errors import DynrunError, NetworkError, UsageError
 from dynrun.llamacpp.server import ServerOutOfMemoryError
 from dynrun.llamacpp.server_log import memory_ran_out
 from dynrun.runtime import ladder
@@ -163,6 +163,10 @@ class Session:
         model = {"model": self.attached.model} if self.attached is not None and self.attached.model else {}
         if self.templated:
             return "/v1/chat/completions", {"messages": request_messages(system, messages), **model}
+        if any(message.images for message in messages):
+            raise UsageError(
+                "the model has no chat template, which would say where an image goes", fix="ask without it"
+            )
         # llama-server would put another model's template around it.
         texts = [system] if system else []
         return "/v1/completions", {"prompt": "\n\n".join([*texts, *(m.text for m in messages)]), **model}

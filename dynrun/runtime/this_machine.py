@@ -10,15 +10,16 @@ import json
 import platform
 import re
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from dynrun.artifacts import translated_os_errors, write_json
+from dynrun.artifacts import write_json
 from dynrun.config import available_cores, load_config
-from dynrun.errors import DynrunError
+from dynrun.errors import MALFORMED, DynrunError
 from dynrun.llamacpp import tools
 from dynrun.llamacpp.build import installation
 from dynrun.paths import cache_dir
@@ -77,8 +78,8 @@ def _with_bandwidths(machine: Machine, backend: str, measure: bool, again: bool)
     key = machine_key(machine)
     if again or (key not in known and measure):
         known[key] = _higher(known.get(key), _measured(machine, backend))
-        with translated_os_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        # What cannot be kept is measured again: no reason not to plan.
+        with suppress(DynrunError, OSError):
             write_json(path, known)
     if (found := known.get(key)) is None:
         return machine
@@ -108,7 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         return {key: known[key] for key in known if known[key]["ram"] > 0 and all(s > 0 for s in known[key]["devices"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *MALFORMED):
         return {}
 
 

@@ -163,9 +163,9 @@ def test_a_covariance_is_collected_when_asked(tiny: Path) -> None:
         "counts": 9,
         "held": 9,
     }
-    refused = dynrun("imatrix", tiny, *SMALL, "--covariance", "--covariance-memory", "100K", "--tokens", "900")
+    refused = dynrun("imatrix", tiny, *SMALL, "--covariance", "--memory", "100K", "--tokens", "900")
     assert refused.exit_code == 5
-    assert "--covariance-memory" in refused.error
+    assert "--memory" in refused.error
 
 
 def test_rare_experts_are_reported(moe: Path) -> None:

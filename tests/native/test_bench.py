@@ -23,8 +23,11 @@ SMALL = Shape(n_embd=256, n_ff=512, n_head=4, n_head_kv=2, shallow=1, deep=6)
 def test_bench_measures_keeps_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_tiny_llama(tmp_path / "tiny.gguf")
     arguments = ["bench", str(model), "--tests", "pp32,tg8", "--max-seconds", "1", "--json"]
-    assert main([*arguments, "--placements", "auto,cpu"]) == 0
-    first = json.loads(capsys.readouterr().out)
+    assert main([*arguments, "--placements", "auto,cpu", "--compare", "last"]) == 0
+    out, err = capsys.readouterr()
+    assert "no earlier bench has a row of this one" in err
+    first = json.loads(out)
+    assert first["comparison"] == []
     assert [(row["placement"], row["test"]) for row in first["rows"]] == [
         *(("auto", "pp32"), ("auto", "tg8"), ("cpu", "pp32"), ("cpu", "tg8"))
     ]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dynrun.errors import DynrunError
+from dynrun.gguf.header import read_header
 from dynrun.llamacpp.branches import Branch, BranchEngine, cells
 from dynrun.llamacpp.engine import Engine
 from tests.tiny import write_tiny_llama
@@ -87,10 +88,14 @@ def test_a_branch_that_the_cache_has_no_room_for_is_refused(model: Path) -> None
 
 
 def test_logits_that_are_not_finite_are_traced_to_their_tensor(model: Path, tmp_path: Path) -> None:
+    header, data = read_header(model), bytearray(model.read_bytes())
+    tensor = header.tensors["blk.1.ffn_down.weight"]
+    start = header.data_offset + tensor.offset
+    data[start : start + tensor.nbytes] = np.full(tensor.n_elements, np.inf, dtype=np.float16).tobytes()
     broken = tmp_path / "broken.gguf"
-    broken.write_bytes(model.read_bytes())
-    with BranchEngine.open(broken, n_ctx=256, n_batch=N_BATCH, n_seq_max=4, n_threads=1) as engine:
-        data = engine.read("blk.1.ffn_down.weight").view(np.float16)
-        data[:] = np.inf
-        with engine.replaced("blk.1.ffn_down.weight", data), pytest.raises(DynrunError, match=r"blk\.1\.ffn_down"):
-            engine.log_probabilities([3], BRANCHES)
+    broken.write_bytes(data)
+    with (
+        BranchEngine.open(broken, n_ctx=256, n_batch=N_BATCH, n_seq_max=4, n_threads=1) as engine,
+        pytest.raises(DynrunError, match=r"blk\.1\.ffn_down"),
+    ):
+        engine.log_probabilities([3], BRANCHES)

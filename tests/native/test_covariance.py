@@ -86,21 +86,21 @@ def test_each_expert_has_its_own(tmp_path: Path) -> None:
 def test_less_memory_means_more_passes_and_the_same_matrices(tmp_path: Path) -> None:
     what = job(tmp_path, n_expert=4)
     once = make_covariance(what)
-    many = make_covariance(replace(what, settings=replace(what.settings, covariance_memory=one_bytes(512))))
+    many = make_covariance(replace(what, settings=replace(what.settings, memory=one_bytes(512))))
     assert many.outcome.cached  # how it was computed is no part of what it is
     folder = what.folder("covariance")
     before = {name: once.covariance.matrix(name) for name in once.covariance.input_of}
     for path in folder.path.iterdir():
         path.unlink()
-    many = make_covariance(replace(what, settings=replace(what.settings, covariance_memory=one_bytes(512))))
+    many = make_covariance(replace(what, settings=replace(what.settings, memory=one_bytes(512))))
     assert (once.n_passes, many.n_passes) == (1, 15)
     for name, matrix in before.items():
         assert np.array_equal(many.covariance.matrix(name), matrix), name
 
 
 def test_memory_for_not_even_one_matrix_is_said_before_anything_is_decoded(tmp_path: Path) -> None:
-    with pytest.raises(DoesNotFitError, match=r"takes 0\.00 GB.*--covariance-memory 1M"):
-        make_covariance(job(tmp_path, covariance_memory=1000))
+    with pytest.raises(DoesNotFitError, match=r"takes 0\.00 GB.*--memory 1M"):
+        make_covariance(job(tmp_path, memory=1000))
 
 
 def test_the_imatrix_is_the_same_with_and_without_a_covariance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,8 @@ def test_another_template_makes_another_transcript(model: Path, tmp_path: Path) 
     made = ask(model, chat_template=template)
     assert read_transcript(made.path)
     template.write_text("{% for m in messages %}")
-    with pytest.raises(ServerDiedError, match=r"the chat template is of no use: Unexpected"):
+    # On a busy machine llama-server's last words may be lost with its logger's thread.
+    with pytest.raises(ServerDiedError, match=r"the chat template is of no use: (Unexpected|no reason given)"):
         ask(model, chat_template=template)
     with pytest.raises(NotFoundError, match=r"nothing\.jinja is no file"):
         ask(model, chat_template=tmp_path / "nothing.jinja")

@@ -33,3 +33,14 @@ def test_an_image_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert tokens[1] == tokens[2] > tokens[0]
     assert len({one["text"] for one in given}) == 3
     assert given[1]["placement"]["mmproj"] == str(tmp_path / "mmproj-tiny-F32.gguf")
+
+
+def test_an_image_for_a_model_without_a_template_is_refused_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    model = write_tiny_llama(tmp_path / "tiny.gguf", chat_template=None)
+    write_tiny_mmproj(tmp_path / "mmproj-tiny-F32.gguf")
+    image = write_png(tmp_path / "red.png", (255, 0, 0))
+    assert main(["run", str(model), "-p", "What is it?", "--image", str(image), "--ctx", "256"]) == 2
+    assert "the model has no chat template, which would say where an image goes" in capsys.readouterr().err

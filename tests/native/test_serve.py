@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -46,12 +46,12 @@ def serving(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], dic
             process.wait(PATIENCE_S)
 
 
-def ask(said: dict[str, Any], model: str, key: str | None = None) -> httpx.Response:
+def ask(said: dict[str, Any], model: str, key: str | None = None) -> httpx2.Response:
     own = Path(said["api_key_file"]).read_text().strip()
     body = {"model": model, "messages": [{"role": "user", "content": "the cat"}], "max_tokens": 4}
     headers = {"Authorization": f"Bearer {own if key is None else key}"}
     url = f"{said['url']}/v1/chat/completions"
-    return httpx.post(url, json=body, headers=headers, timeout=PATIENCE_S, trust_env=False)
+    return httpx2.post(url, json=body, headers=headers, timeout=PATIENCE_S, trust_env=False)
 
 
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -63,7 +63,7 @@ def test_a_model_is_served_to_its_key_and_run_uses_the_server(model: Path) -> No
         assert said["url"].startswith("http://127.0.0.1:")
         assert Path(said["api_key_file"]).stat().st_mode & 0o777 == 0o600
         assert ask(said, "any").json()["usage"]["completion_tokens"] == 4
-        assert ask(said, "any", "wrong").status_code == httpx.codes.UNAUTHORIZED
+        assert ask(said, "any", "wrong").status_code == httpx2.codes.UNAUTHORIZED
         (server,) = [child for child in family(process) if child.name() == "llama-server"]
         found = find_served(model)
         assert found is not None
@@ -85,15 +85,15 @@ def test_several_models_are_served_by_name_each_with_the_key(model: Path, tmp_pa
     with serving(model, other, "--ctx", "256", "--api-key-file", keys) as (process, said):
         for name in map(str, (model, other)):
             answer = ask(said, name)
-            assert answer.status_code == httpx.codes.OK, answer.text
+            assert answer.status_code == httpx2.codes.OK, answer.text
             assert answer.json()["usage"]["completion_tokens"] == 4
-        assert ask(said, str(model), "wrong").status_code == httpx.codes.UNAUTHORIZED
+        assert ask(said, str(model), "wrong").status_code == httpx2.codes.UNAUTHORIZED
         children = [child for child in family(process) if child.name() == "llama-server"]
         ports = {c.laddr.port for child in children for c in child.net_connections() if c.status == "LISTEN"}
         assert len(ports) == 2, "the router, and of the models the last one asked"
         for port in ports:
-            answer = httpx.get(f"http://127.0.0.1:{port}/slots", trust_env=False)
-            assert answer.status_code == httpx.codes.UNAUTHORIZED, "a model's own server needs the key too"
+            answer = httpx2.get(f"http://127.0.0.1:{port}/slots", trust_env=False)
+            assert answer.status_code == httpx2.codes.UNAUTHORIZED, "a model's own server needs the key too"
         process.kill()
         process.wait()
         _, alive = psutil.wait_procs(children, timeout=PATIENCE_S)

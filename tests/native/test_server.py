@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -28,8 +28,8 @@ def test_a_server_answers_its_key_only_and_is_gone_afterwards(model: Path) -> No
     with Server(model, n_threads=1) as server:
         pid = server.pid
         with server.client() as client:
-            assert client.get("/v1/models").status_code == httpx.codes.OK
-        assert httpx.get(f"{server.url}/v1/models", trust_env=False).status_code == httpx.codes.UNAUTHORIZED
+            assert client.get("/v1/models").status_code == httpx2.codes.OK
+        assert httpx2.get(f"{server.url}/v1/models", trust_env=False).status_code == httpx2.codes.UNAUTHORIZED
         assert server.url.startswith("http://127.0.0.1:")
         assert server.api_key not in " ".join(psutil.Process(pid).cmdline())
         assert server.death(within_s=0) is None
@@ -42,7 +42,7 @@ def test_two_servers_at_once_have_ports_of_their_own(model: Path) -> None:
         assert one.port != other.port
         for server in (one, other):
             with server.client() as client:
-                assert client.get("/v1/models").status_code == httpx.codes.OK
+                assert client.get("/v1/models").status_code == httpx2.codes.OK
 
 
 def test_another_site_is_not_allowed_in_by_cors(model: Path) -> None:

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from dynrun.calibration.conversation import Conversation
@@ -88,7 +88,7 @@ def server(path: Path, model: Path) -> Iterator[Server]:
         yield running
 
 
-def theirs(client: httpx.Client, conversation: Conversation) -> str | None:
+def theirs(client: httpx2.Client, conversation: Conversation) -> str | None:
     """What llama-server renders; None where it refuses."""
     messages = [_over_http(message) for message in conversation.messages]
     body: dict[str, Any] = {"messages": messages, "tools": conversation.tools}

@@ -36,7 +36,22 @@ def test_flips_are_counted_by_their_direction() -> None:
     found = count_flips([0, 1, 2, 3, 0], first=[0, 1, 0, 0, 1], second=[0, 2, 2, 1, 1])
     assert found == Flips(right_to_wrong=1, wrong_to_right=1, changed=3, questions=5)
     assert found.share == 0.4
-    assert found.to_json()["flips"] == 0.4
+    assert found.to_json() == {
+        "flips": 0.4,
+        "ci95": list(wilson(2, 5)),
+        "right_to_wrong": 1,
+        "wrong_to_right": 1,
+        "changed": 3,
+        "questions": 5,
+        "p_value": 1.0,
+    }
+
+
+def test_flips_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="no questions"):
+        count_flips([], [], [])
+    with pytest.raises(ValueError, match="shorter"):
+        count_flips([0, 1], [0], [0, 1])
 
 
 def test_the_same_answers_flip_nothing() -> None:
@@ -48,7 +63,7 @@ def test_the_same_answers_flip_nothing() -> None:
 def test_the_p_value_is_mcnemars_exact(worse: int, better: int) -> None:
     n = max(1, worse + better)
     expected = binomtest(min(worse, better), worse + better, 0.5).pvalue if worse + better else 1.0
-    assert Flips(worse, better, n, n).p_value == pytest.approx(expected, rel=1e-6, abs=1e-300)
+    assert Flips(worse, better, n, n).p_value == pytest.approx(expected, rel=1e-6, abs=1e-290)
 
 
 def test_efficiency_is_unsloths_when_sizes_are_gib() -> None:

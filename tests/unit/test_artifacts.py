@@ -169,6 +169,16 @@ class TestSha256File:
             assert sha256_file(file) == sha256_bytes(data)
             assert sha256_file(file) == sha256_bytes(data)
 
+    @pytest.mark.parametrize("years", [20, -20])
+    def test_follows_a_change_whose_time_lies_anywhere(self, years: int, tmp_path: Path) -> None:
+        file = tmp_path / "file"
+        file.write_bytes(b"one")
+        assert sha256_file(file) == sha256_bytes(b"one")
+        file.write_bytes(b"two")
+        then = time.time() + years * 365 * 86400
+        os.utime(file, (then, then))
+        assert sha256_file(file) == sha256_bytes(b"two")
+
     def test_works_where_nothing_can_be_remembered(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "no-folder").write_text("in the way")
         monkeypatch.setenv("DYNRUN_CACHE", str(tmp_path / "no-folder"))
@@ -177,6 +187,14 @@ class TestSha256File:
 
 
 class TestStageFolder:
+    def test_what_a_killed_run_left_is_gone_once_it_is_locked_again(self) -> None:
+        folder = stage_folder("reference", {"tokens": 1})
+        with folder.locked():
+            (folder / ".00001.npy.abc.part").write_text("torn")
+            (folder / "00000.npy").write_text("whole")
+        with folder.locked():
+            assert [path.name for path in folder.path.iterdir()] == ["00000.npy"]
+
     def test_is_complete_only_after_its_commit(self) -> None:
         folder = stage_folder("imatrix", {"tokens": 1})
         with folder.locked():

@@ -19,7 +19,7 @@ from dynrun.errors import NotFoundError, UsageError
 from dynrun.gguf.header import read_header
 from dynrun.llamacpp.build import RECORD, installation
 from dynrun.runtime.bench import Limits, Setup, Workload, bench, parse_tests
-from dynrun.runtime.bench_history import comparisons, earlier, history_file, keep
+from dynrun.runtime.bench_history import comparisons, history_file, keep, last_like, read_result
 from dynrun.runtime.bench_setups import bench_options, parse_placements, setups
 from dynrun.runtime.machine import Device, Machine
 from dynrun.runtime.model_facts import facts_of
@@ -144,18 +144,19 @@ def result(speeds: list[float], model: str = "m", size: int = 1) -> dict[str, An
 
 def test_the_last_bench_with_the_same_rows_is_compared_with(tmp_path: Path) -> None:
     now = result([110, 111, 109])
-    with pytest.raises(NotFoundError, match="no earlier bench"):
-        earlier("last", now)
+    assert last_like(now) is None
     for kept in (result([90, 91, 89]), result([100, 101, 99]), result([1, 2], "other"), result([1, 2], size=2)):
         keep(kept)
     with history_file().open("a") as stream:
         stream.write('{"rows": [{"torn')
-    (change,) = comparisons(earlier("last", now), now)
+    found = last_like(now)
+    assert found is not None
+    (change,) = comparisons(found, now)
     assert (change.before, change.after, change.change.verdict) == (100, 110, "faster")
     written = tmp_path / "before.json"
     written.write_text(json.dumps(result([200, 201, 199]), indent=1))
-    assert comparisons(earlier(str(written), now), now)[0].change.verdict == "slower"
-    assert comparisons(earlier(str(written), result([200, 202, 197])), result([200, 202, 197]))[0].change.verdict == (
+    assert comparisons(read_result(written), now)[0].change.verdict == "slower"
+    assert comparisons(read_result(written), result([200, 202, 197]))[0].change.verdict == (
         "no difference beyond noise"
     )
 
@@ -165,9 +166,16 @@ def test_a_file_that_holds_no_bench_is_refused(text: str, tmp_path: Path) -> Non
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(UsageError, match="holds no bench"):
-        earlier(str(path), result([1, 2]))
+        read_result(path)
     with pytest.raises(NotFoundError):
-        earlier(str(tmp_path / "none.json"), result([1, 2]))
+        read_result(tmp_path / "none.json")
+
+
+def test_a_file_to_compare_with_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", str(tmp_path / "none.gguf"), "--compare", str(tmp_path / "none.json")]) == 4
+    assert "none.json does not exist" in capsys.readouterr().err
 
 
 def test_a_table_of_types_is_what_allocation_reads(llama_bench: Speeds, tmp_path: Path) -> None:

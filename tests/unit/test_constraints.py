@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dynrun.allocation.constraints import Constraints, allowed, check_patterns, parse_rule
+from dynrun.allocation.constraints import Constraints, allowed, check_patterns, nearest_type, parse_rule
 from dynrun.allocation.solve import solve
-from dynrun.allocation.speed import SpeedTable, read_speed_table, seconds_per_token
+from dynrun.allocation.speed import SpeedTable, check_kinds, read_speed_table, seconds_per_token
 from dynrun.allocation.stage import Budget, choose, options_for
 from dynrun.calibration.stage import ImatrixStage
 from dynrun.errors import DoesNotFitError, DynrunError, NotFoundError, UsageError
@@ -246,3 +246,23 @@ def test_the_table_of_these_tests_is_solved_as_the_stage_solves_it(tiny: tuple[R
     options = options_for(reference, stage, table, Constraints())
     assert {o.type for choices in options.values() for o in choices} == set(K_MENU)
     assert choose(reference, stage, table, budget) == solve(options, budget.size_bytes - budget.fixed_bytes)
+
+
+def test_a_table_of_speeds_with_a_kind_that_the_model_has_not_is_refused() -> None:
+    tensors = ["blk.0.attn_q.weight", "blk.1.ffn_up.weight"]
+    check_kinds(SpeedTable("s.toml", {}, {"ffn_up": {"Q4_K": 1e-9}}), tensors)
+    with pytest.raises(UsageError, match=r"s\.toml: the model has no tensor of kind 'ffn_upp'.*attn_q, ffn_up"):
+        check_kinds(SpeedTable("s.toml", {}, {"ffn_upp": {"Q4_K": 1e-9}}), tensors)
+
+
+def test_of_two_types_as_near_the_finer_one_is_nearest() -> None:
+    # 4.5 bits per weight lie between Q3_K's 3.4375 and Q5_K's 5.5; Q5_K is a little nearer.
+    assert nearest_type("Q4_K", ["Q3_K", "Q5_K"]) == "Q5_K"
+    # As near, above and below: 2.0625 + 0.5 = 2.5625, and 3.0625.
+    assert nearest_type("IQ2_S", ["IQ2_XXS", "IQ3_XXS"]) == "IQ3_XXS"
+    assert nearest_type("IQ2_S", ["IQ3_XXS", "IQ2_XXS"]) == "IQ3_XXS"
+
+
+def test_a_speed_that_is_no_ratio_is_named() -> None:
+    with pytest.raises(UsageError, match=r"--min-speed is -1"):
+        Constraints((), SpeedTable("t", {}, {}), -1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 import tracemalloc
@@ -298,6 +299,19 @@ def overwrite(at: int, data: bytes) -> Mutation:
         whole[start : start + len(data)] = data[: len(whole) - start]
 
     return mutate
+
+
+def test_a_file_is_parsed_again_only_when_it_has_changed(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf")
+    # What was written a moment ago may be written again without another time stamp.
+    assert read_header(path) is not read_header(path)
+    os.utime(path, (1e9, 1e9))
+    before = read_header(path)
+    assert read_header(path) is before
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"t.u8", b"T.u8"))
+    os.utime(path, (1e9, 1e9))
+    assert read_header(path).metadata["T.u8"] == before.metadata["t.u8"] == 255
 
 
 NUMBERS = st.sampled_from([0, 1, 7, 9, 1 << 16, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 62, (1 << 63) - 1, (1 << 64) - 1])

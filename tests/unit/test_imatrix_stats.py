@@ -10,7 +10,7 @@ import pytest
 
 from dynrun.calibration.imatrix import Imatrix
 from dynrun.calibration.imatrix_plot import draw
-from dynrun.calibration.imatrix_stats import TensorStatistics, kind_of, layer_statistics, statistics
+from dynrun.calibration.imatrix_stats import TensorStatistics, block_and_kind, layer_statistics, statistics
 from dynrun.errors import UsageError
 
 
@@ -86,7 +86,7 @@ def test_layers_are_weighed_by_columns_and_leave_out_what_is_in_no_block() -> No
     ],
 )
 def test_block_and_kind_are_read_from_the_name(name: str, expected: tuple[int | None, str]) -> None:
-    assert kind_of(name) == expected
+    assert block_and_kind(name) == expected
 
 
 def png_size(path: Path) -> tuple[int, int]:

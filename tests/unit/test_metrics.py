@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dynrun.metrics.intervals import Clusters, clusters_of, mean_interval, paired_ratio
+from dynrun.metrics.intervals import (
+    Clusters,
+    clusters_of,
+    mean_estimate,
+    mean_interval,
+    paired_difference,
+    paired_ratio,
+)
 from dynrun.metrics.summary import perplexity, rms_delta_p, summarize
 
 
@@ -84,3 +91,23 @@ def test_perplexity_of_a_uniform_guess_is_the_number_of_choices() -> None:
 
 def test_rms_delta_p_is_of_probabilities() -> None:
     assert rms_delta_p(np.log([0.5, 0.2]), np.log([0.2, 0.6])) == pytest.approx(np.sqrt((0.09 + 0.16) / 2))
+
+
+def test_an_estimate_is_the_mean_with_its_interval() -> None:
+    texts = _texts(np.random.default_rng(4), 20)
+    found, clusters = mean_estimate(texts), clusters_of(texts)
+    assert (found.value, found.ci95) == (clusters.mean, mean_interval(clusters))
+    assert found.to_json() == {"value": found.value, "ci95": list(found.ci95)}
+
+
+def test_what_two_share_cancels_in_their_difference() -> None:
+    rng = np.random.default_rng(6)
+    texts = _texts(rng, 40)
+    one, other = clusters_of([text + 0.1 for text in texts]), clusters_of(texts)
+    found = paired_difference(one, other)
+    assert found.value == pytest.approx(0.1)
+    assert found.ci95 == pytest.approx((0.1, 0.1))
+    noisy = paired_difference(one, clusters_of([text + rng.normal(0, 0.2) for text in texts]))
+    assert noisy.ci95[0] < noisy.value < noisy.ci95[1]
+    with pytest.raises(ValueError, match="different sequences"):
+        paired_difference(one, clusters_of(texts[1:]))

@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from scipy import stats
 
-from dynrun.metrics.rates import compared, drift, rate
+from dynrun.metrics.rates import Change, Rate, compared, drift, rate
 
 
 def test_the_interval_is_students() -> None:
@@ -20,8 +21,21 @@ def test_the_interval_is_students() -> None:
     assert found.half_width == pytest.approx(half / 100, rel=1e-4)
 
 
+@given(st.lists(st.floats(1, 1000), min_size=2, max_size=6), st.lists(st.floats(1, 1000), min_size=2, max_size=6))
+def test_the_comparison_is_welchs_as_scipy_has_it(before: list[float], after: list[float]) -> None:
+    old, new = np.log(before), np.log(after)
+    assume(min(old.std(), new.std()) > 1e-3)
+    interval = stats.ttest_ind(new, old, equal_var=False).confidence_interval(0.95)
+    found = compared(before, after)
+    assert np.log(found.ci95) == pytest.approx((interval.low, interval.high), rel=1e-6, abs=1e-9)
+    assert found.ratio == pytest.approx(math.exp(new.mean() - old.mean()))
+
+
 def test_one_round_proves_nothing() -> None:
+    assert rate([100.0]) == Rate(100.0, 0.0, (-math.inf, math.inf))
     assert rate([100.0]).half_width == math.inf
+    assert rate([0.0, 0.0]).half_width == math.inf
+    assert compared([100.0], [200.0]) == Change(pytest.approx(2.0), (0.0, math.inf), "no difference beyond noise")
     assert compared([100.0], [200.0, 201.0]).verdict == "no difference beyond noise"
     with pytest.raises(ValueError, match="no rounds"):
         rate([])
@@ -72,5 +86,26 @@ def test_a_machine_that_slows_down_is_seen_and_a_noisy_one_is_not() -> None:
     assert proven <= 25
 
 
+def test_a_drift_has_the_interval_of_a_straight_line_through_logarithms() -> None:
+    times, speeds = [10.0, 11.0, 14.0, 20.0, 23.0], [100.0, 97.0, 98.0, 91.0, 92.0]
+    found, fit = drift(times, speeds), stats.linregress(times, np.log(speeds))
+    half = stats.t.ppf(0.975, 3) * fit.stderr
+    assert found is not None
+    assert found.change == pytest.approx(math.expm1(13 * fit.slope))
+    assert found.ci95 == pytest.approx((math.expm1(13 * (fit.slope - half)), math.expm1(13 * (fit.slope + half))))
+    assert drift(times[:4], speeds[:4]) is not None
+    assert drift([5.0] * 5, speeds) is None, "no time went by"
+
+
 def test_three_runs_are_too_few_for_a_drift() -> None:
     assert drift([0, 1, 2], [100, 90, 80]) is None
+
+
+def test_a_drift_and_its_interval_are_those_of_the_regression() -> None:
+    times, speeds = [0.0, 1.0, 2.5, 4.0, 7.0], [100.0, 99.0, 101.0, 96.0, 95.0]
+    fit = stats.linregress(times, np.log(speeds))
+    half = stats.t.ppf(0.975, 3) * fit.stderr
+    found = drift(times, speeds)
+    assert found is not None
+    assert found.change == pytest.approx(math.expm1(7 * fit.slope))
+    assert found.ci95 == pytest.approx((math.expm1(7 * (fit.slope - half)), math.expm1(7 * (fit.slope + half))))

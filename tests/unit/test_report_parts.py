@@ -250,9 +250,10 @@ def test_the_command_is_one_that_a_shell_takes() -> None:
     before = ARGUMENTS.set(("make", "/home/me/a b.gguf", "--pin", "attn_v=Q5_K", "--json"))
     try:
         assert command_line() == ["dynrun make 'a b.gguf' --pin attn_v=Q5_K"]
+        ARGUMENTS.set(())
+        assert command_line() == []
     finally:
         ARGUMENTS.reset(before)
-    assert command_line() == []
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------

@@ -56,6 +56,8 @@ ABORT_IN_MEMORY = """\
 LONE_ASSERTION = "/src/ggml/src/ggml.c:1644: GGML_ASSERT(ctx->mem_buffer != NULL) failed\n"
 RPC_MEMORY = "0.01.000.000 E alloc_tensor_range: failed to allocate RPC0[127.0.0.1:50052] buffer of size 104857600\n"
 RPC_DEAD = "/src/ggml-rpc.cpp:566: Remote RPC server crashed or returned malformed response\n"
+# As seen on a loaded machine: the line of the abort never came.
+RPC_HUNG_UP = "0.00.417.331 E recv failed (bytes_recv=0, size_to_recv=8)\n"
 ABORT = "/src/ggml/src/ggml-quants.c:4112: GGML_ASSERT(besti1 >= 0 && besti2 >= 0 && best_k >= 0) failed\n"
 TEMPLATE = """\
 error: the supplied chat template is not supported: {% for m in
@@ -103,9 +105,11 @@ def test_whether_the_ram_or_a_device_ran_out_is_read_from_the_log(log: str, exit
     assert cause_of_death(START + log, exit_code).host is host
 
 
-def test_a_dead_rpc_server_is_named_with_what_to_do() -> None:
-    death = cause_of_death(START + RPC_DEAD, -6)
+@pytest.mark.parametrize("log", [RPC_DEAD, RPC_HUNG_UP, RPC_HUNG_UP + RPC_DEAD])
+def test_a_dead_rpc_server_is_named_with_what_to_do(log: str) -> None:
+    death = cause_of_death(START + log, -6)
     assert death.kind == "aborted"
+    assert "Remote RPC server" in death.cause
     assert "start the RPC server again" in death.fix
 
 

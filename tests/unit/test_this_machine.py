@@ -93,6 +93,10 @@ class TestBandwidths:
         assert this_machine.this_machine().basis == "measured"
         assert json.loads((private_cache / "bandwidths.json").read_text())
 
+    def test_what_cannot_be_kept_is_measured_all_the_same(self, build: SimpleNamespace, private_cache: Path) -> None:
+        private_cache.write_text("in the way")
+        assert this_machine.this_machine().basis == "measured"
+
     def test_ram_is_really_read(self) -> None:
         # Between a floppy disk and any memory there is.
         assert 1e7 < bandwidth.ram_bytes_per_s(2, GIB) < 1e14

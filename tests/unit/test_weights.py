@@ -102,3 +102,15 @@ def test_a_truncated_file_is_refused(values: Rows, tmp_path: Path) -> None:
 def test_values_are_not_encoded_as_a_quantized_type(values: Rows) -> None:
     with pytest.raises(UsageError, match="cannot write values as Q8_0"):
         encode(values, "Q8_0")
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_one_line_that_names_the_tensor(name: str, value: float, tmp_path: Path) -> None:
+    bad = np.ones((2, 32), dtype=np.float32)
+    bad[1, 3] = value
+    weights = WeightFile(write(tmp_path / "model.gguf", name, bad))
+    assert np.isfinite(weights.rows("w", slice(0, 1))).all()
+    with pytest.raises(DynrunError, match=r"^w of .*not finite"):
+        weights.rows("w")
+    assert not np.isfinite(weights.rows("w", finite=False)).all()
