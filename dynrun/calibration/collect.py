@@ -8,7 +8,7 @@ killed: what a resumed run ends with is the same to the last bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,7 +48,7 @@ class Accumulator(Protocol):
         """All that has been summed, exactly."""
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Go on from what :meth:`state` gave. Raises KeyError, before anything is taken, where it is another pass's."""
 
 
 @dataclass
@@ -131,6 +131,23 @@ class Pass:
         return self.new_tokens / self.elapsed_s if self.elapsed_s else 0.0
 
 
+class _Stored(Mapping[str, npt.NDArray[Any]]):
+    """The arrays of one accumulator in a checkpoint, read when they are asked for: all of them at once, beside the sums
+    that they replace, would take twice the memory."""
+
+    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], prefix: str) -> None:
+        self._arrays, self._prefix = arrays, prefix
+
+    def __getitem__(self, key: str) -> npt.NDArray[Any]:
+        return self._arrays[self._prefix + key]
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.removeprefix(self._prefix) for key in self._arrays if key.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 @dataclass
 class Checkpoint:
     """The file of one pass's sums so far. A damaged one is no checkpoint: the pass begins anew."""
@@ -141,18 +158,17 @@ class Checkpoint:
     _took_s: float = 0.0
 
     def load(self, accumulators: Sequence[Accumulator]) -> int:
-        """Restore what is there; the number of batches in it."""
+        """Restore what is there, one array after the other; the number of batches in it."""
         try:
             with np.load(self.path) as arrays:
-                state = {key: arrays[key] for key in arrays.files}
-            done = int(state["done"])
-            if int(state["accumulators"]) != len(accumulators):
-                return 0
+                done = int(arrays["done"])
+                # Whole before the first array is taken: what is half restored could not begin anew.
+                if int(arrays["accumulators"]) != len(accumulators) or arrays.zip.testzip() is not None:
+                    return 0
+                for i, accumulator in enumerate(accumulators):
+                    accumulator.restore(_Stored(arrays, f"{i}:"))
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return 0
-        for i, accumulator in enumerate(accumulators):
-            prefix = f"{i}:"
-            accumulator.restore({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         return done
 
     def save_if_due(self, done: int, accumulators: Sequence[Accumulator]) -> None:

@@ -126,16 +126,22 @@ class CovarianceSums:
         for name, sums in self.sums.items():
             held = self.held[name]
             found |= {f"sums/{name}": sums.cpu().numpy(), f"counts/{name}": self.counts[name]}
-            found |= {f"rows/{name}": held.rows, f"seen/{name}": held.seen}
+            found |= {f"rows/{name}": held.rows, f"seen/{name}": held.seen, f"experts/{name}": self._experts(name)}
         return found
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         import torch
 
+        # Before anything is taken: with other --memory a pass has other units.
+        if not all(np.array_equal(state[f"experts/{name}"], self._experts(name)) for name in self.units):
+            raise KeyError("experts")
         for name in self.units:
             self.sums[name] = torch.from_numpy(state[f"sums/{name}"]).to(self._device)
             self.counts[name] = state[f"counts/{name}"]
             self.held[name] = HeldOut(state[f"rows/{name}"], state[f"seen/{name}"])
+
+    def _experts(self, name: str) -> npt.NDArray[np.int64]:
+        return np.array([self.units[name].first, self.units[name].last])
 
     def write(self, folder: Path) -> None:
         """The unit's matrices into ``folder``, the sums last: with them the unit is whole."""
