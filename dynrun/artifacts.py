@@ -192,6 +192,15 @@ def file_lock(path: Path, *, waiting: str = "") -> Iterator[None]:
         stream.close()
 
 
+@contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock of :func:`file_lock` if nobody has it; whether it is held. Raises DynrunError as that does."""
+    with translated_os_errors(path):
+        stream = path.open("a+b")
+    with stream:
+        yield _try_lock(path, stream.fileno())
+
+
 def _try_lock(path: Path, descriptor: int) -> bool:
     try:
         if os.name == "nt":
