@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # The least that an axis of sizes spans, as a share of them.
 _LEAST_WIDTH = 0.2
+# Inches: what is taller is cut when it is printed.
+_PAGE = 9.5
 _PERCENTILES = (
     ("median", "median"),
     ("mean", "mean"),
@@ -158,7 +160,7 @@ def domain_plot(report: Report) -> Plot | None:
     if len(names) < 2:
         return None
     n, styles = len(files), looks(report)
-    figure = new_figure(0.9 + len(names) * (0.16 + 0.14 * n))
+    figure = new_figure(min(_PAGE, 0.9 + len(names) * (0.16 + 0.14 * n)))
     axes = figure.subplots()
     for index, file in enumerate(files):
         means = [_shown(domain.mean) for domain in file.domains]
@@ -168,7 +170,7 @@ def domain_plot(report: Report) -> Plot | None:
             *(means, rows),
             xerr=bars,
             **style.point,
-            markersize=5,
+            markersize=4,
             linestyle="none",
             elinewidth=1,
             capsize=2,

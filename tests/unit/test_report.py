@@ -34,6 +34,7 @@ from dynrun.report.data import (
     Versus,
 )
 from dynrun.report.folder import Written, read_report, write_report
+from dynrun.report.plots import domain_plot
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -264,6 +265,27 @@ def test_a_second_report_leaves_nothing_of_the_first_but_what_is_the_users(repor
     assert (tmp_path / "model.gguf").exists()
     for heading in ("Questions", "Tensors", "To make"):
         assert heading not in written.card.read_text(encoding="utf-8")
+
+
+def test_without_slopes_no_alpha_is_explained(report: Report, written: Written, tmp_path: Path) -> None:
+    said = "α is the KLD that"
+    assert said in written.card.read_text(encoding="utf-8")
+    assert said in written.page.read_text(encoding="utf-8")
+    without = write_report(replace(report, slopes={}), tmp_path)
+    for path in (without.card, without.page):
+        text = path.read_text(encoding="utf-8")
+        assert "Each cell is a tensor" in text
+        assert said not in text
+
+
+def test_kinds_of_text_fit_on_a_printed_page_however_many_they_are(report: Report) -> None:
+    one = report.files[0].domains[0]
+    many = tuple(replace(one, name=f"kind {n}") for n in range(40))
+    plot = domain_plot(replace(report, files=tuple(replace(file, domains=many) for file in report.files)))
+    assert plot is not None
+    height, unit = re.search(r'height="([\d.]+)(pt|in)"', plot.svg).groups()  # type: ignore[union-attr]
+    assert unit == "pt"
+    assert float(height) / 72 < 10
 
 
 @pytest.mark.parametrize(
