@@ -17,6 +17,7 @@ from dynrun.calibration.imatrix import Imatrix, write_imatrix
 from dynrun.scheme import Scheme, render
 from dynrun.scoring.reference import encode_logits
 from tests.fuzz_cache import logits
+from tests.fuzz_convert import folders
 from tests.fuzz_targets import json_lines
 from tests.fuzz_wire import CONTENT
 from tests.tiny import write_tiny_llama
@@ -205,6 +206,7 @@ SEEDS: dict[str, Callable[[Path], list[bytes]]] = {
     "calibration-text": lambda _: [gzip.compress(b" = Title = \n\nSome text. " * 50, mtime=0)],
     "calibration-parquet": _parquet,
     "remote-header": _ggufs,
+    "convert-folder": folders,
     "kld-cache": _codes,
     "kld-manifest": _manifests,
     "reply": _streams,

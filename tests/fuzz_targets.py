@@ -22,7 +22,7 @@ from dynrun.hub.headers import HeaderReader
 from dynrun.hub.ranges import RangeReader
 from dynrun.scheme import parse, render, sha256
 from dynrun.scheme_gguf import scheme_of
-from tests import fuzz_cache, fuzz_wire
+from tests import fuzz_cache, fuzz_convert, fuzz_wire
 
 Target = Callable[[Path], object]
 
@@ -88,6 +88,7 @@ TARGETS: dict[str, tuple[Target, str]] = {
     "calibration-text": (lambda path: read_file(path, name="fuzzed"), "text.txt.gz"),
     "calibration-parquet": (lambda path: read_file(path, name="fuzzed"), "chats.parquet"),
     **fuzz_cache.TARGETS,
+    **fuzz_convert.TARGETS,
     **fuzz_wire.TARGETS,
 }
 # They have an answer to everything.
