@@ -67,6 +67,17 @@ def test_the_p_value_is_mcnemars_exact(worse: int, better: int) -> None:
     assert Flips(worse, better, n, n).p_value == pytest.approx(expected, rel=1e-6, abs=1e-250)
 
 
+def test_all_right_is_no_more_than_all_and_none_no_less_than_none() -> None:
+    assert wilson(3, 3)[1] == 1.0
+    assert wilson(0, 3)[0] == 0.0
+
+
+def test_efficiency_is_told_in_both_units() -> None:
+    found = efficiency(0.75, GIB)
+    assert found.to_json() == {"per_gib": pytest.approx(50.0), "per_gb": pytest.approx(50.0 / 1.073741824)}
+    assert efficiency(0.75, 1).per_gib == pytest.approx(50.0 * GIB)
+
+
 def test_efficiency_is_unsloths_when_sizes_are_gib() -> None:
     """Gemma 3 27B Q8_0 as published: 71.60%, "26.74 GB", efficiency 1.74."""
     found = efficiency(0.7160, round(26.74 * GIB))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dynrun.metrics.equal_size import equal_size, equal_size_paired, frontier
+from dynrun.metrics.equal_size import EqualSize, equal_size, equal_size_paired, frontier
 from dynrun.metrics.intervals import Clusters, clusters_of
 
 # Unsloth's table of Gemma 3 27B: GB and mean KLD of the files of its former method; of the new one below.
@@ -94,3 +94,28 @@ def test_the_interval_is_paired_so_that_hard_texts_cancel() -> None:
 def test_other_sequences_than_the_curves_are_refused() -> None:
     with pytest.raises(ValueError, match="different sequences"):
         equal_size_paired(1.0, Clusters((1.0,), (5,)), [(1.0, Clusters((1.0,), (6,)))])
+
+
+def test_its_interval_leaves_the_rest_as_it_is() -> None:
+    curve = [(1000.0, Clusters((5.0, 7.0), (10, 10))), (2000.0, Clusters((1.0, 2.0), (10, 10)))]
+    for size in (1500.0, 900.0):
+        file = Clusters((2.0, 3.0), (10, 10))
+        plain = equal_size(size, file.mean, [(at, clusters.mean) for at, clusters in curve])
+        paired = equal_size_paired(size, file, curve)
+        assert plain is not None
+        assert paired is not None
+        assert paired == EqualSize(plain.ratio, plain.curve_kld, plain.extrapolated, paired.ci95)
+        assert paired.ci95 is not None
+        assert paired.extrapolated is (size < 1000)
+
+
+def test_of_two_sizes_with_one_divergence_the_smaller_makes_the_curve() -> None:
+    assert frontier([(1000.0, 0.5), (2000.0, 0.5), (3000.0, 0.1)]) == [0, 2]
+
+
+def test_the_last_size_within_half_a_percent_is_inside() -> None:
+    curve = [(1000.0, 0.5), (2000.0, 0.1)]
+    for size in (1000.0 * (1 - 0.005), 2000.0 * (1 + 0.005)):
+        found = equal_size(size, 0.2, curve)
+        assert found is not None
+        assert not found.extrapolated

@@ -111,3 +111,16 @@ def test_what_two_share_cancels_in_their_difference() -> None:
     assert noisy.ci95[0] < noisy.value < noisy.ci95[1]
     with pytest.raises(ValueError, match="different sequences"):
         paired_difference(one, clusters_of(texts[1:]))
+
+
+def test_a_ratio_of_small_divergences_is_one_too() -> None:
+    found = paired_ratio(Clusters((0.001, 0.002), (100, 100)), Clusters((0.002, 0.004), (100, 100)))
+    assert found is not None
+    assert found.value == pytest.approx(0.5)
+
+
+def test_a_summary_has_the_interval_of_its_mean() -> None:
+    groups = [np.array([0.1, 0.2]), np.array([0.3]), np.array([0.0, 0.4])]
+    found = summarize(groups)
+    assert found.ci95 == mean_interval(clusters_of(groups))
+    assert found.ci95[0] < found.mean < found.ci95[1]

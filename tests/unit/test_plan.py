@@ -276,7 +276,7 @@ def test_a_choice_is_remembered_whole() -> None:
 
 @pytest.mark.parametrize("data", [{}, {"n_ctx": 1, "wings": 2}, {"n_ctx": 1, "layers_of": ["x"]}])
 def test_what_is_no_choice_is_refused(data: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="no remembered placement"):
+    with pytest.raises(UsageError, match=r"no remembered placement.* — delete it; it is planned anew"):
         choice_from_json(data)
 
 

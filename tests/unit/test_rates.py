@@ -109,3 +109,16 @@ def test_a_drift_and_its_interval_are_those_of_the_regression() -> None:
     assert found is not None
     assert found.change == pytest.approx(math.expm1(7 * fit.slope))
     assert found.ci95 == pytest.approx((math.expm1(7 * (fit.slope - half)), math.expm1(7 * (fit.slope + half))))
+
+
+def test_two_rounds_have_an_interval_and_a_deviation() -> None:
+    found = rate([99.0, 101.0])
+    assert found.stddev == pytest.approx(math.sqrt(2))
+    # t(0.975, 1) = 12.706.
+    assert found.ci95 == pytest.approx((100 - 12.706, 100 + 12.706), rel=1e-4)
+
+
+def test_runs_at_two_moments_have_a_drift() -> None:
+    found = drift([0.0, 0.0, 10.0, 10.0], [100.0, 101.0, 90.0, 91.0])
+    assert found is not None
+    assert found.change == pytest.approx(-0.0995, abs=1e-3)
