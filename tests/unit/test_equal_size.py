@@ -119,3 +119,11 @@ def test_the_last_size_within_half_a_percent_is_inside() -> None:
         found = equal_size(size, 0.2, curve)
         assert found is not None
         assert not found.extrapolated
+
+
+def test_a_draw_without_divergence_says_nothing() -> None:
+    curve = [(1000.0, Clusters((0.0, 7.0), (10, 10))), (2000.0, Clusters((0.0, 2.0), (10, 10)))]
+    found = equal_size_paired(1500.0, Clusters((0.0, 3.0), (10, 10)), curve)
+    assert found is not None
+    assert found.ci95 is not None
+    assert np.isfinite(found.ci95).all()

@@ -122,3 +122,7 @@ def test_runs_at_two_moments_have_a_drift() -> None:
     found = drift([0.0, 0.0, 10.0, 10.0], [100.0, 101.0, 90.0, 91.0])
     assert found is not None
     assert found.change == pytest.approx(-0.0995, abs=1e-3)
+
+
+def test_rounds_that_are_all_alike_are_no_faster_than_themselves() -> None:
+    assert compared([100.0, 100.0], [100.0, 100.0]) == Change(1.0, (1.0, 1.0), "no difference beyond noise")
