@@ -39,14 +39,16 @@ def rm(
     removal = _removal(model, cache, everything)
     for name in removal.names:
         say(name)
-    data = {"names": list(removal.names), "freed_bytes": removal.freed_bytes, "removed": not dry_run}
+    # Before it is gone.
+    freed = removal.freed_bytes
+    data = {"names": list(removal.names), "freed_bytes": freed, "removed": not dry_run}
     if dry_run:
-        emit(as_json, data, lambda: print(f"would free {amount(removal.freed_bytes)}"))
+        emit(as_json, data, lambda: print(f"would free {amount(freed)}"))
         return
-    if not yes and not ask_yes(f"remove this, which frees {amount(removal.freed_bytes)}?", enter=False):
+    if not yes and not ask_yes(f"remove this, which frees {amount(freed)}?", enter=False):
         raise UsageError("nothing was removed")
     removal.execute()
-    emit(as_json, data, lambda: print(f"freed {amount(removal.freed_bytes)}"))
+    emit(as_json, data, lambda: print(f"freed {amount(freed)}"))
 
 
 def _removal(model: str, cache: bool, everything: bool) -> Kept | Removal | Leftovers:

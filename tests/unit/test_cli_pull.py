@@ -180,7 +180,11 @@ def test_rm_takes_a_made_file_with_its_scheme(private_cache: Path, capsys: pytes
     made.mkdir(parents=True)
     write_tiny_llama(made / "demo-Q4_K_M.gguf", n_embd=64, n_ff=64, n_block=1)
     (made / "demo-Q4_K_M.scheme.toml").write_text("")
-    assert len(as_json(capsys, "rm", "demo:Q4_K_M", "--yes")["names"]) == 2
+    size = sum(path.stat().st_size for path in made.iterdir())
+    code, out, err = run(capsys, "rm", "demo:Q4_K_M", "--yes")
+    assert (code, out) == (0, f"freed {size / 1e6:,.1f} MB\n")
+    assert len(err.splitlines()) == 2
+    assert size > 100_000
     assert not list(made.iterdir())
 
 

@@ -67,6 +67,12 @@ def test_it_frees_what_is_no_model_and_no_answer(
     assert json.loads(rm(capsys, "--cache", "--yes", "--json")[1]) == {"names": [], "freed_bytes": 0, "removed": True}
 
 
+def test_it_says_what_was_freed(cached: dict[str, StageFolder], capsys: pytest.CaptureFixture[str]) -> None:
+    stage("rounding", 1_500_000)
+    assert rm(capsys, "--cache", "--dry-run")[1] == "would free 1.5 MB\n"
+    assert rm(capsys, "--cache", "--yes")[1] == "freed 1.5 MB\n"
+
+
 def test_nothing_goes_while_a_process_works_on_any_of_it(
     cached: dict[str, StageFolder], capsys: pytest.CaptureFixture[str]
 ) -> None:
