@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self, cast
+from typing import cast
 
 from dynrun.calibration.files import read_file
 from dynrun.calibration.imatrix import load_imatrix
@@ -23,6 +23,7 @@ from dynrun.hub.ranges import RangeReader
 from dynrun.scheme import parse, render, sha256
 from dynrun.scheme_gguf import scheme_of
 from tests import fuzz_cache, fuzz_convert, fuzz_wire
+from tests.memory_ranges import Ranges
 
 Target = Callable[[Path], object]
 
@@ -36,29 +37,11 @@ def _scheme_from_gguf(path: Path) -> object:
     return render(scheme_of(read_whole_header(path)))
 
 
-class _Ranges:
-    """A file of the Hub whose ranges are those of a file here."""
-
-    def __init__(self, path: Path) -> None:
-        self._data, self.fetched_bytes = path.read_bytes(), 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def __call__(self, offset: int, length: int) -> bytes:
-        found = self._data[offset : offset + length]
-        self.fetched_bytes += len(found)
-        return found
-
-
 def _remote_header(path: Path) -> tuple[Header, int]:
     """As of a repository's second file: what it has in common with the first is not read again."""
     size = path.stat().st_size
     file = RemoteFile("owner/name", "0" * 40, "model.gguf", size, "0" * 40)
-    read = HeaderReader(lambda _: cast("RangeReader", _Ranges(path)))
+    read = HeaderReader(lambda _: cast("RangeReader", Ranges(path.read_bytes())))
     first = read(Variant("Q4_K_M", (file,)))
     second = read(Variant("Q4_K_M", (file,)))
     assert (second.tensors, second.data_offset) == (first.tensors, first.data_offset)

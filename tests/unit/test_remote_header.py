@@ -17,6 +17,7 @@ from dynrun.errors import DynrunError, NotFoundError
 from dynrun.gguf.header import parse_header, read_header
 from dynrun.hub.files import RemoteFile, Variant
 from dynrun.hub.headers import HeaderReader
+from tests.memory_ranges import Ranges
 from tests.tiny import write_tiny_llama
 from tests.unit.test_header import ARRAY, STRING, U8, entry, info, model, text
 
@@ -138,26 +139,8 @@ def test_random_heads_of_files_of_any_size_are_read_or_refused(rest: bytes, size
     assert remote.n_bytes <= 130 << 20
 
 
-class Reader:
-    """Ranges of files in memory, in the place of RangeReader."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.fetched_bytes = data, 0
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def __call__(self, offset: int, length: int) -> bytes:
-        found = self.data[offset : offset + length]
-        self.fetched_bytes += len(found)
-        return found
-
-
 def reader_of(contents: dict[str, bytes]) -> HeaderReader:
-    opened: Any = lambda file: Reader(contents[file.path])  # noqa: E731
+    opened: Any = lambda file: Ranges(contents[file.path])  # noqa: E731
     return HeaderReader(opened)
 
 
