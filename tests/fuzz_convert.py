@@ -21,16 +21,14 @@ _NAMES = ("config.json", _SHARD, "model.safetensors.index.json", "tokenizer.json
 def _folder(path: Path) -> object:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        parts = path.read_bytes().split(_BETWEEN, len(_NAMES) - 1)
-        for name, part in zip(_NAMES, parts, strict=False):
-            if part:
-                (folder / name).write_bytes(part)
+        parts = zip(_NAMES, path.read_bytes().split(_BETWEEN, len(_NAMES) - 1), strict=False)
+        files = {name: data for name, data in parts if data}
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
         source = read_folder(folder)
         plans = [plan_conversion(source, part) for part in ("model", "mmproj")]
         assert all(plan.result_bytes >= 0 and plan.memory_bytes >= 0 for plan in plans)
-        assert sorted(file.name for file in folder.iterdir()) == sorted(
-            n for n, p in zip(_NAMES, parts, strict=False) if p
-        )
+        assert {file.name for file in folder.iterdir()} == set(files)
         return source.architecture, source.weight_bytes, source.code, following_bytes(source, 2)
 
 
