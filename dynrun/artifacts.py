@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,12 @@ def discard(folder: Path, marker: str) -> None:
         (folder / marker).unlink(missing_ok=True)
         if folder.exists():
             shutil.rmtree(folder)
+
+
+def freed_bytes(paths: Iterable[Path]) -> int:
+    """Bytes that are free when these files and folders are gone; a file with another name elsewhere frees none."""
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else (path,))]
+    return sum(file.stat().st_size for file in files if file.is_file() and file.stat().st_nlink == 1)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,12 +7,11 @@ counted from and which take hours.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynrun.artifacts import MANIFEST, discard, lock_if_free
+from dynrun.artifacts import MANIFEST, discard, freed_bytes, lock_if_free
 from dynrun.errors import DynrunError
 from dynrun.paths import models_dir, stages_dir
 
@@ -21,18 +20,20 @@ _KEPT = ("answers",)
 
 @dataclass(frozen=True)
 class Leftovers:
-    """``folders`` of results, whole or begun, by the stage that made them."""
+    """``folders`` of results, whole or begun, by the stage that made them, and the bytes that each stage's free."""
 
     folders: dict[str, list[Path]]
+    freed: dict[str, int]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """A line a stage."""
-        return tuple(f"{name}: {len(found)}, {_used(found) / 1e9:.2f} GB" for name, found in self.folders.items())
+        """A line a stage, the largest first."""
+        largest = sorted(self.freed.items(), key=lambda item: -item[1])
+        return tuple(f"{name}: {len(self.folders[name])}, {n / 1e9:.2f} GB" for name, n in largest)
 
     @property
     def freed_bytes(self) -> int:
-        return sum(map(_used, self.folders.values()))
+        return sum(self.freed.values())
 
     def execute(self) -> None:
         """Take all of it away. Raises DynrunError, and takes nothing, while a process works on any of it."""
@@ -46,15 +47,9 @@ class Leftovers:
 
 
 def leftovers() -> Leftovers:
-    """What is there now, the largest first."""
+    """What is there now."""
     found: dict[str, list[Path]] = defaultdict(list)
     for folder in sorted((*stages_dir().glob("*/*"), *(models_dir() / "joined").glob("*"))):
         if folder.is_dir() and folder.parent.name not in _KEPT:
             found[folder.parent.name].append(folder)
-    return Leftovers(dict(sorted(found.items(), key=lambda item: -_used(item[1]))))
-
-
-def _used(folders: Sequence[Path]) -> int:
-    """Bytes that are free when they are gone; a file with another name elsewhere frees none."""
-    stats = [path.lstat() for folder in folders for path in folder.rglob("*") if path.is_file()]
-    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
+    return Leftovers(dict(found), {name: freed_bytes(folders) for name, folders in found.items()})

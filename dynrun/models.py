@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from dynrun.artifacts import sha256_file, translated_os_errors
+from dynrun.artifacts import freed_bytes, sha256_file, translated_os_errors
 from dynrun.demo.builtin import BUILTIN, builtin_path, ensure_builtin
 from dynrun.errors import DynrunError, NotFoundError, UsageError
 from dynrun.gguf.header import Header, read_header
@@ -201,9 +201,8 @@ class Kept:
 
     @property
     def freed_bytes(self) -> int:
-        """Bytes that are free when they are gone; a file with another name elsewhere frees none."""
-        files = [file for path in self.paths for file in (path.rglob("*") if path.is_dir() else (path,))]
-        return sum(file.stat().st_size for file in files if file.is_file() and file.stat().st_nlink == 1)
+        """Bytes that are free when they are gone."""
+        return freed_bytes(self.paths)
 
     def execute(self) -> None:
         """Take it away, the model first."""
