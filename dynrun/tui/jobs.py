@@ -79,7 +79,10 @@ def stop_jobs(node: DOMNode, group: str) -> bool:
 
 def running(node: DOMNode, group: str) -> bool:
     """Whether a job of ``group`` runs for ``node`` and nobody has stopped it."""
-    return any(worker.node is node and worker.group == group and not worker.is_finished for worker in node.workers)
+    return any(
+        worker.node is node and worker.group == group and not (worker.is_finished or worker.is_cancelled)
+        for worker in node.workers
+    )
 
 
 async def _until(ended: asyncio.Event) -> None:

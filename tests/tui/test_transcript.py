@@ -82,6 +82,48 @@ async def test_what_is_read_stays_where_it_is_when_what_is_above_wakes() -> None
             assert before == screen_text(pilot).splitlines()[9]
 
 
+async def test_an_answer_that_ends_before_it_was_ever_laid_out_is_seen() -> None:
+    async with running_app((80, 24), visit=Visit("chat")) as pilot:
+        await wait_until(pilot, lambda: pilot.app.screen.query(Transcript), "the room")
+        transcript = one(pilot, "#transcript", Transcript)
+        for ended in (True, False):
+            view = await transcript.add(0, Message("assistant", ""), "m")
+            # As between two layouts of a screen that is slow.
+            transcript._changed = True
+            if ended:
+                await view.grow("again", "")
+                await view.finish(Message("assistant", "again"), "")
+                await transcript._wake_what_is_near()
+            else:
+                await transcript._wake_what_is_near()
+                await view.grow("again", "")
+            await shows(pilot, "again")
+            await pilot.app.workers.wait_for_complete()
+            await pilot.pause()
+            assert screen_text(pilot).count("again") == 1
+            await view.remove()
+
+
+async def test_an_answer_that_begins_far_from_the_screen_is_there_once() -> None:
+    async with running_app((80, 24), visit=Visit("chat")) as pilot:
+        await wait_until(pilot, lambda: pilot.app.screen.query(Transcript), "the room")
+        transcript = one(pilot, "#transcript", Transcript)
+        long = "".join(f"Paragraph {i}\n\n" for i in range(100))
+        await transcript.show(
+            new_chat("m").said(Message("user", "q"), Message("assistant", long), Message("user", "r"))
+        )
+        await shows(pilot, "Paragraph 99")
+        view = await transcript.add(3, Message("assistant", ""), "m")
+        transcript.scroll_home(animate=False)
+        await wait_until(pilot, lambda: view.query_one(MarkdownPiece).asleep, "the answer to sleep")
+        await view.grow("It begins", "")
+        transcript.scroll_end(animate=False)
+        await shows(pilot, "It begins")
+        await pilot.app.workers.wait_for_complete()
+        await pilot.pause()
+        assert screen_text(pilot).count("It begins") == 1
+
+
 async def test_a_long_block_of_code_grows_in_pieces_that_look_as_one() -> None:
     async with running_app((80, 24), visit=Visit("chat")) as pilot:
         await wait_until(pilot, lambda: pilot.app.screen.query(Transcript), "the room")

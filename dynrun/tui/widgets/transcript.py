@@ -5,7 +5,7 @@ from __future__ import annotations
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
-from textual.geometry import Size
+from textual.geometry import NULL_REGION, Size
 from textual.widgets import Button, Static
 
 from dynrun.runtime.history import Chat, Message
@@ -25,8 +25,8 @@ class Transcript(VerticalScroll, can_focus=False):
 
     def __init__(self, *, id: str) -> None:  # noqa: A002 (as Textual calls it)
         super().__init__(id=id)
-        # Whether what is near the screen has changed since the last look.
-        self._moved = False
+        # Whether what is near the screen may be other things than at the last look.
+        self._changed = False
 
     def compose(self) -> ComposeResult:
         yield Static("No model yet: Ctrl+S names one.", id="nothing", markup=False)
@@ -42,24 +42,28 @@ class Transcript(VerticalScroll, can_focus=False):
             self._move()
         return changed
 
+    @on(MarkdownPiece.Placed)
     def _move(self) -> None:
-        self._moved = True
-        self.call_after_refresh(self._rest)
+        # Not now, and again for what moves until then: where everything is must be known.
+        self.call_after_refresh(self._look)
 
     def on_resize(self) -> None:
         self._move()
 
-    def _rest(self) -> None:
-        if self._moved and not running(self, _REST):
+    def _look(self) -> None:
+        self._changed = True
+        if not running(self, _REST):
             self.run_worker(self._wake_what_is_near(), group=_REST)
 
     async def _wake_what_is_near(self) -> None:
         """The rest falls asleep."""
-        while self._moved:
-            self._moved = False
+        while self._changed:
+            self._changed = False
             near = self.region.grow((self.size.height // 2, 0, self.size.height // 2, 0))
             for piece in self.query(MarkdownPiece):
-                await (piece.wake() if piece.region.overlaps(near) else piece.doze())
+                # One that was not laid out yet is neither near nor far.
+                if (place := piece.region) != NULL_REGION:
+                    await (piece.wake() if place.overlaps(near) else piece.doze())
 
     @on(MarkdownPiece.Fitted)
     def _keep_place(self, message: MarkdownPiece.Fitted) -> None:
