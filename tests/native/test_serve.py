@@ -172,6 +172,8 @@ def test_a_chat_in_a_terminal(tmp_path: Path) -> None:
         user.wait_for("answer: 6 tokens")
         user.type("/set max_tokens 4000\n")
         user.wait_for("tokens of context; temperature 0")
+        # What is typed before the prompt is echoed by the terminal too, before what the command still has to say.
+        user.wait_for("> ")
         user.type("and then?\n")
         user.wait_for("and then?")
         # The first of the answer is there: stop it.
