@@ -105,7 +105,7 @@ def kill_at(argv: Sequence[str], seconds: float) -> bool:
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        _, alive = psutil.wait_procs(children, timeout=5)
+        _, alive = psutil.wait_procs(children, timeout=30)
         assert not alive
         return True
     return False

@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_where_it_was(slow_model: Path) -> None:
     child.kill()
     child.wait()
     assert servers
-    psutil.wait_procs(servers, timeout=10)
+    psutil.wait_procs(servers, timeout=30)
     assert not any(server.is_running() for server in servers)
     before = lines(journal)
     made = ask(slow_model, n_tokens=1000)

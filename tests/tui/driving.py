@@ -31,7 +31,7 @@ async def running_app(
         yield pilot
 
 
-async def wait_until(pilot: Pilot[Any], condition: Callable[[], Any], what: str = "", timeout_s: float = 30.0) -> None:
+async def wait_until(pilot: Pilot[Any], condition: Callable[[], Any], what: str = "", timeout_s: float = 120.0) -> None:
     """Until ``condition`` holds; fails with ``what`` and the screen's text when it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -49,7 +49,7 @@ def screen_text(pilot: Pilot[Any]) -> str:
     return "\n".join("".join(segment.text for segment in strip).rstrip() for strip in lines)
 
 
-async def shows(pilot: Pilot[Any], text: str, timeout_s: float = 30.0) -> None:
+async def shows(pilot: Pilot[Any], text: str, timeout_s: float = 120.0) -> None:
     """Until ``text`` stands somewhere on the screen."""
     await wait_until(pilot, lambda: text in screen_text(pilot), f"the text {text!r}", timeout_s)
 
