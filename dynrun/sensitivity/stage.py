@@ -35,7 +35,7 @@ from dynrun.sensitivity.units import Unit, probe_types, units
 TABLE_FILE = "sensitivity.json"
 _PROBES_FILE = "probes.jsonl"
 _ERRORS_FILE = "errors.jsonl"
-_REVISION = 4
+_REVISION = 5
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ def measure_sensitivity(
         log = ProbeLog(folder / _PROBES_FILE)
         candidates = {name: list(found.errors) for name, found in errors.items()}
         with _probes(reference, imatrix, quantizer, parts, candidates, settings, config) as opened:
-            probed = units({name: candidates[name] for name in opened.names}, settings.group)
+            energy = {name: found.energy for name, found in errors.items()}
+            probed = units({name: candidates[name] for name in opened.names}, settings.group, energy)
             choices = _choices(reference.header, errors, opened.names)
             spent = spend(
                 *(probed, choices, log, opened.probes),

@@ -1,6 +1,8 @@
 """What is probed together, and in which types: every tensor alone, or groups of one kind in neighbouring layers.
 
 A group is measured with all its tensors replaced at once; each is given its part of the KLD by its part of the error.
+A tensor whose inputs are far from its group's stays alone: where massive activations (arXiv 2402.17762) hold nearly all
+of Σ h·w², every error is small beside them, and says nothing of what its neighbours' errors cost.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 from dynrun.errors import UsageError
 from dynrun.gguf.tensor_types import TENSOR_TYPES
@@ -18,6 +21,8 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _PARTS = 8
 # Bits per weight to probe at: around 3.4, where most of the difference is made, then finer, then where KLD bends.
 _BITS = (3.4375, 5.5, 2.5625)
+# Times the energy that most of a group have.
+_ALIKE = 8.0
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,26 @@ def probe_types(candidates: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(nearest(bits) for bits in _BITS)) if types else ()
 
 
-def units(candidates: Mapping[str, Sequence[str]], group: str) -> list[Unit]:
+def units(candidates: Mapping[str, Sequence[str]], group: str, energy: Mapping[str, float] | None = None) -> list[Unit]:
     """The units of tensors with their ``candidates``. ``group``: empty, ``kind``, ``kind:N`` (N neighbouring layers),
-    or ``kind:depth`` (an eighth of the layers). Raises UsageError for another one."""
+    or ``kind:depth`` (an eighth of the layers); ``energy``: Σ h·w² of each. Raises UsageError for another group."""
     types = {name: probe_types(own) for name, own in candidates.items()}
     names = [name for name, own in types.items() if own]
-    return [_unit(name, {n: types[n] for n in members}) for name, members in _grouped(names, group).items()]
+    grouped = _grouped(names, group)
+    if energy is not None:
+        grouped = _alike(grouped, energy)
+    return [_unit(name, {n: types[n] for n in members}) for name, members in grouped.items()]
+
+
+def _alike(grouped: Mapping[str, Sequence[str]], energy: Mapping[str, float]) -> dict[str, list[str]]:
+    """The groups without those tensors whose energy is far above or below what is usual in theirs."""
+    found: dict[str, list[str]] = {}
+    for group, names in grouped.items():
+        usual = median_low(energy[name] for name in names)
+        if together := [n for n in names if usual <= energy[n] * _ALIKE and energy[n] <= usual * _ALIKE]:
+            found[group] = together
+        found |= {name: [name] for name in names if name not in together}
+    return found
 
 
 def check_group(group: str) -> str:

@@ -47,6 +47,21 @@ def test_groups_hold_one_kind_in_neighbouring_layers(group: str, n_groups: int) 
     assert sorted(name for unit in found for name in unit.types[0]) == sorted(SHAPES)
 
 
+def test_a_tensor_with_massive_inputs_is_measured_alone() -> None:
+    names = [f"blk.{i}.ffn_down.weight" for i in range(8)]
+    energy = {name: 100.0 + i for i, name in enumerate(names)} | {names[5]: 1e6, names[2]: 1.0}
+    found = units(dict.fromkeys(names, DEFAULT_MENU), "kind:4", energy)
+    assert [sorted(unit.types[0]) for unit in found] == [
+        [names[0], names[1], names[3]],
+        [names[2]],
+        [names[4], names[6], names[7]],
+        [names[5]],
+    ]
+    assert len({unit.name for unit in found}) == 4
+    assert len(units(dict.fromkeys(names, DEFAULT_MENU), "kind:2", energy)) == 6
+    assert len(units(dict.fromkeys(names, DEFAULT_MENU), "kind", dict.fromkeys(names, 0.0))) == 1
+
+
 @pytest.mark.parametrize("group", ["layers", "kind:0", "kind:", "kind:x", "kind:-1"])
 def test_another_group_is_an_error_that_says_what_there_is(group: str) -> None:
     with pytest.raises(UsageError, match="probe group"):
