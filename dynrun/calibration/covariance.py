@@ -238,6 +238,17 @@ class Covariance:
         unit = self._unit(weight, expert)
         return _unpack(self._part(unit, _SUMS)[expert - unit.first], unit.n)
 
+    def layer(self, weight: str) -> tuple[npt.NDArray[np.float32], int]:
+        """Σxxᵀ [n, n] over all experts of ``weight``, float32, and the rows in it. Raises NotFoundError."""
+        units = [unit for unit in self._units if unit.input == self.input_of.get(weight)]
+        if not units:
+            raise NotFoundError(f"no covariance of {weight} in {self.folder}")
+        total = np.zeros(self._part(units[0], _SUMS).shape[1:], np.float64)
+        for unit in units:
+            for packed in self._part(unit, _SUMS):
+                total += packed
+        return _unpack(total.astype(np.float32), units[0].n), sum(int(self._part(u, _COUNTS).sum()) for u in units)
+
     def count(self, weight: str, expert: int = 0) -> int:
         """Rows that are summed in :meth:`matrix`. Raises NotFoundError."""
         unit = self._unit(weight, expert)

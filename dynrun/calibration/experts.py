@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dynrun.calibration.imatrix import Imatrix, Sums, unshrunk
+from dynrun.calibration.imatrix import Imatrix, unshrunk
 
 
 @dataclass(frozen=True)
@@ -81,23 +81,20 @@ def _block(weight: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def shrink_experts(imatrix: Imatrix, min_tokens: int) -> Imatrix:
-    """Top every expert that saw n < m = ``min_tokens`` tokens up with m − n pseudo-tokens of its layer's mean.
+def shrink_experts(imatrix: Imatrix, n_tokens: int) -> Imatrix:
+    """Give every expert ``n_tokens`` pseudo-tokens of its layer's mean, beside the tokens that it saw.
 
     The layer's mean is that of x² over all experts of the weight. llama-quantize, which divides sums by counts, so uses
-    n/m of the expert's own mean and 1 − n/m of the layer's, where it would take ones for an expert without tokens.
+    n/(n + m) of the expert's own mean and the rest of the layer's, where it would take ones for an expert without
+    tokens. All of them need it, not only those with few tokens: another text may send to an expert what it never saw
+    in this one, and where a layer has massive activations (arXiv 2402.17762) that is thousands of times all the rest.
     ``seen`` keeps the tokens proper; from them :func:`unshrunk` recovers the raw sums. A layer that saw nothing at all
-    stays zero: it has no usable entry, and :func:`coverage` lists it. What was topped up before is not twice.
+    stays zero: it has no usable entry, and :func:`coverage` lists it. What was mixed before is not twice.
     """
     imatrix = unshrunk(imatrix)
     sums, counts = dict(imatrix.sums), dict(imatrix.counts)
     for name, seen in imatrix.counts.items():
         if len(seen) > 1 and is_expert(name) and seen.any():
-            sums[name], counts[name] = _topped_up(imatrix.sums[name], seen, min_tokens)
+            layer = imatrix.sums[name].sum(axis=0) / seen.sum()
+            sums[name], counts[name] = imatrix.sums[name] + n_tokens * layer, seen + n_tokens
     return replace(imatrix, sums=sums, counts=counts, seen=imatrix.counts)
-
-
-def _topped_up(sums: Sums, seen: Sums, min_tokens: int) -> tuple[Sums, Sums]:
-    added = np.maximum(min_tokens - seen, 0)
-    layer = sums.sum(axis=0) / seen.sum()
-    return sums + added[:, None] * layer, seen + added

@@ -33,7 +33,7 @@ _FIX = "make one with `dynrun imatrix`"
 class Imatrix:
     """``sums[weight]`` [n_expert, ne0], ``counts[weight]`` [n_expert]; n_expert is 1 for dense weights.
 
-    ``seen``: the tokens that each expert did see, other than ``counts`` only where it was topped up (shrink_experts);
+    ``seen``: the tokens that each expert did see, other than ``counts`` where it got its layer's mean (shrink_experts);
     ``datasets``, ``chunk_count`` sequences of up to ``chunk_size`` tokens: where it comes from, as far as is known;
     ``estimated``: counts are from legacy files, which hold one for all experts of a weight.
     """

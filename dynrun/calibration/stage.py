@@ -27,7 +27,7 @@ from dynrun.models import Reference
 IMATRIX_FILE = "imatrix.gguf"
 _STATE_FILE = "state.npz"
 # Counts up when the packing or the collection gives other numbers.
-_REVISION = 2
+_REVISION = 3
 _COVARIANCE_REVISION = 1
 # Sequences that share a batch: recurrent models keep a state for each.
 _N_SEQ_MAX = 16
@@ -40,8 +40,8 @@ Progress = Callable[[float, float, str], None]
 class ImatrixSettings:
     """``n_tokens`` of calibration text in sequences of at most ``n_ctx``.
 
-    With experts, text goes on to ``cap`` tokens until each expert has seen ``min_expert_tokens``; one that is still
-    short is topped up with its layer's mean. ``checkpoint_s``: seconds between checkpoints; ``memory``: bytes for the
+    With experts, text goes on to ``cap`` tokens until each expert has seen ``min_expert_tokens``; each gets as many of
+    its layer's mean beside them. ``checkpoint_s``: seconds between checkpoints; ``memory``: bytes for the
     covariance, then for the factors made of it (None: as usual). Neither changes a result.
     """
 
@@ -256,7 +256,7 @@ def _write(job: Job, engine: Engine, sums: SquareSums, done: Pass, folder: Stage
 def import_imatrix(reference: Reference, paths: Sequence[Path], *, min_expert_tokens: int) -> ImatrixStage:
     """Imatrices of somebody else's (GGUF or legacy ``.dat``) for ``reference``, merged, as a stage like our own.
 
-    Experts that saw too little are topped up in it too. Raises UsageError where one was made for another model.
+    Experts get their layer's mean in it too. Raises UsageError where one was made for another model.
     """
 
     def work(folder: StageFolder) -> Mapping[str, Any]:

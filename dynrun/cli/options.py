@@ -71,7 +71,9 @@ CalibrationCtx = Annotated[
 MinExpertTokens = Annotated[
     int,
     typer.Option(
-        "--min-expert-tokens", min=0, help="Go on until each expert has seen so many; top up those that have not."
+        "--min-expert-tokens",
+        min=0,
+        help="Go on until each expert has seen so many; each gets as many of its layer's mean beside them.",
     ),
 ]
 MaxTokens = Annotated[

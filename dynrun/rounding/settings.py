@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from dynrun.artifacts import key_of
 
 # Counts up when the same settings give other bytes.
-REVISION = 2
+REVISION = 3
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class FeedbackSettings:
         how = f"strengths {strengths}, damping {self.damping:g}, {self.n_rows} rows, {self.n_experts} experts"
         return f"covariance {covariance}, n_ctx {n_ctx}; {how}, {self.sweeps} sweeps; r{REVISION}"
 
-    def shrinkage(self, strength: float, n_columns: int, n_tokens: int) -> float:
+    def shrinkage(self, strength: float, n_columns: int, n_tokens: float) -> float:
         """Part of the off-diagonal covariance that is given up, in [0, 1]; all of it where there are no tokens."""
         prior = strength * n_columns
         return prior / (prior + n_tokens) if prior > 0 else 0.0

@@ -22,7 +22,7 @@ from dynrun.rounding.settings import FeedbackSettings
 Rows = npt.NDArray[np.float32]
 _KEPT = 4
 # Matrices of the input's width, float32, that a factor is, and that are there while one is made: the covariance, as it
-# is read and whole, and what the decomposition takes.
+# is read and whole, and what the decomposition takes. With experts one more, their layer's.
 _FACTOR_MATRICES, _WORK_MATRICES = 2, 6
 
 
@@ -41,6 +41,8 @@ class Source:
     memory: int | None = None
     _input: tuple[str, int] | None = None
     _matrix: Rows | None = None
+    _n_rows: float = 0.0
+    _layer: tuple[str, Rows] | None = None
     _factors: dict[tuple[float, int], Factor] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
@@ -85,14 +87,14 @@ class Source:
         key = (self.covariance.input_of[name], expert)
         if key != self._input:
             self._factors.clear()
-            self._input, self._matrix = key, self.covariance.matrix(name, expert)
+            self._input, self._matrix, self._n_rows = key, *self._mixed(name, expert)
         assert self._matrix is not None
         if (strength, width) not in self._factors:
             n = len(self._matrix)
             most = self._most_factors(name, n)
             while len(self._factors) >= most:
                 self._factors.pop(next(iter(self._factors)))
-            shrink = self.settings.shrinkage(strength, n, self.covariance.count(name, expert))
+            shrink = self.settings.shrinkage(strength, n, self._n_rows)
             energy = np.diag(self._matrix).reshape(-1, width).sum(axis=1, dtype=np.float64)
             slabs = np.argsort(-energy, kind="stable")
             order = (slabs[:, None] * width + np.arange(width)).reshape(-1)
@@ -100,14 +102,30 @@ class Source:
             self._factors[strength, width] = made
         return self._factors[strength, width]
 
+    def _mixed(self, name: str, expert: int) -> tuple[Rows, float]:
+        """The covariance, a sum, and the rows in it: with as many of the layer's mean as the imatrix has."""
+        own, n_rows = self.covariance.matrix(name, expert), self.covariance.count(name, expert)
+        mixed = self.imatrix.counts[name] - self.imatrix.seen[name]
+        if not mixed.any():
+            return own, n_rows
+        added = float(mixed[expert])
+        shared = self.covariance.input_of[name]
+        if self._layer is None or self._layer[0] != shared:
+            self._layer = None
+            total, n_total = self.covariance.layer(name)
+            total /= max(n_total, 1)
+            self._layer = shared, total
+        own += np.float32(added) * self._layer[1]
+        return own, n_rows + added
+
     def _most_factors(self, name: str, n: int) -> int:
         """How many factors of an input of width ``n`` may be there at once: of a wide one each takes a gigabyte."""
         if self.memory is None:
             return _KEPT
         one = n * n * 4
-        most = (self.memory - _WORK_MATRICES * one) // (_FACTOR_MATRICES * one) + 1
+        needed = (_WORK_MATRICES + (self.n_expert(name) > 1)) * one
+        most = (self.memory - needed) // (_FACTOR_MATRICES * one) + 1
         if most < 1:
-            needed = _WORK_MATRICES * one
             raise DoesNotFitError(
                 f"rounding {name} takes {needed / 1e9:.2f} GB, more than {self.memory / 1e9:.2f} GB",
                 fix=f"give --memory {-(-needed // 10**6)}M, or --no-feedback",

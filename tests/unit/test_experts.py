@@ -51,17 +51,25 @@ def test_a_layer_without_tokens_is_listed_and_left_at_zero() -> None:
     assert not shrunk.counts[UP].any()
 
 
-def test_a_short_expert_is_mixed_with_its_layers_mean_by_its_tokens() -> None:
+def test_an_expert_is_mixed_with_its_layers_mean_by_its_tokens() -> None:
     raw, shrunk = moe(), shrink_experts(moe(), 40)
     layer = raw.sums[UP].sum(axis=0) / raw.counts[UP].sum()
-    np.testing.assert_allclose(mean(shrunk, UP)[1], 10 / 40 * mean(raw, UP)[1] + 30 / 40 * layer)
-    np.testing.assert_allclose(mean(shrunk, UP)[2], layer)
-    assert shrunk.counts[UP].tolist() == [100, 40, 40, 50]
+    for expert, n in enumerate(TOKENS):
+        own = mean(raw, UP)[expert] if n else 0.0
+        np.testing.assert_allclose(mean(shrunk, UP)[expert], n / (n + 40) * own + 40 / (n + 40) * layer)
+    assert shrunk.counts[UP].tolist() == [140, 50, 40, 90]
 
 
-def test_experts_with_enough_tokens_and_dense_weights_stay_as_they_are() -> None:
+def test_an_expert_with_many_tokens_knows_of_what_only_others_have_met() -> None:
+    raw = moe([4000.0, 10.0, 0.0, 3000.0])
+    massive = {name: np.array(raw.sums[name]) for name in (UP, DOWN)}
+    massive[DOWN][3, 2] += 3e7
+    found = mean(shrink_experts(Imatrix({**raw.sums, **massive}, raw.counts), 256), DOWN)
+    assert (found[:, 2] > 100 * found[:, 1]).all()
+
+
+def test_dense_weights_stay_as_they_are() -> None:
     raw, shrunk = moe(), shrink_experts(moe(), 40)
-    assert np.array_equal(shrunk.sums[UP][[0, 3]], raw.sums[UP][[0, 3]])
     for name in ("blk.0.attn_q.weight", "blk.0.attn_k_b.weight"):
         assert np.array_equal(shrunk.sums[name], raw.sums[name])
         assert np.array_equal(shrunk.counts[name], raw.counts[name])
