@@ -140,7 +140,7 @@ def notes(imatrix: ImatrixStage) -> list[str]:
     if imatrix.short_experts:
         found.append(
             f"{imatrix.short_experts} of {imatrix.n_experts} experts saw too few tokens (the least "
-            f"{imatrix.least_expert_tokens}): for these their layer's mean counts most"
+            f"{imatrix.least_expert_tokens}) and were topped up with their layer's mean"
         )
     return found
 
