@@ -238,8 +238,8 @@ class Covariance:
         unit = self._unit(weight, expert)
         return _unpack(self._part(unit, _SUMS)[expert - unit.first], unit.n)
 
-    def layer(self, weight: str) -> tuple[npt.NDArray[np.float32], int]:
-        """Σxxᵀ [n, n] over all experts of ``weight``, float32, and the rows in it. Raises NotFoundError."""
+    def layer_mean(self, weight: str) -> npt.NDArray[np.float32]:
+        """Mean of xxᵀ [n, n] over the rows of all experts of ``weight``, float32. Raises NotFoundError."""
         units = [unit for unit in self._units if unit.input == self.input_of.get(weight)]
         if not units:
             raise NotFoundError(f"no covariance of {weight} in {self.folder}")
@@ -247,7 +247,8 @@ class Covariance:
         for unit in units:
             for packed in self._part(unit, _SUMS):
                 total += packed
-        return _unpack(total.astype(np.float32), units[0].n), sum(int(self._part(u, _COUNTS).sum()) for u in units)
+        n_rows = sum(int(self._part(unit, _COUNTS).sum()) for unit in units)
+        return _unpack((total / max(n_rows, 1)).astype(np.float32), units[0].n)
 
     def count(self, weight: str, expert: int = 0) -> int:
         """Rows that are summed in :meth:`matrix`. Raises NotFoundError."""

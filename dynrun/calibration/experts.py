@@ -85,9 +85,10 @@ def shrink_experts(imatrix: Imatrix, n_tokens: int) -> Imatrix:
     """Give every expert ``n_tokens`` pseudo-tokens of its layer's mean, beside the tokens that it saw.
 
     The layer's mean is that of x² over all experts of the weight. llama-quantize, which divides sums by counts, so uses
-    n/(n + m) of the expert's own mean and the rest of the layer's, where it would take ones for an expert without
-    tokens. All of them need it, not only those with few tokens: another text may send to an expert what it never saw
-    in this one, and where a layer has massive activations (arXiv 2402.17762) that is thousands of times all the rest.
+    n/(n + ``n_tokens``) of an expert's own mean, n its tokens, and the rest of the layer's, where it would take ones
+    for an expert without any. All of them need it, not only those with few tokens: another text may send to an expert
+    what it never saw in this one, and where a layer has massive activations (arXiv 2402.17762) that is
+    thousands of times all the rest.
     ``seen`` keeps the tokens proper; from them :func:`unshrunk` recovers the raw sums. A layer that saw nothing at all
     stays zero: it has no usable entry, and :func:`coverage` lists it. What was mixed before is not twice.
     """

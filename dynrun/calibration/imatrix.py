@@ -3,7 +3,7 @@
 Takes and gives files and arrays: ours, llama-imatrix's and its legacy ``.dat``; collects nothing (collect.py).
 Format as tools/imatrix/imatrix.cpp writes it: F32 tensors ``<weight>.in_sum2`` [ne0, n_expert], raw sums, and
 ``<weight>.counts`` [1, n_expert], the number of inputs summed. An expert that saw nothing is stored as zeros. Where
-experts.py has topped an expert up, its own tokens are in the metadata, in ``dynrun.expert_tokens.<weight>``.
+experts.py has mixed an expert with its layer, its own tokens are in the metadata, in ``dynrun.expert_tokens.<weight>``.
 """
 
 from __future__ import annotations

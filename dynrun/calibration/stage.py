@@ -63,7 +63,7 @@ class ImatrixStage:
     """An imatrix: its file, hash, and how it was made.
 
     ``dataset`` is what the file says of its text; ``template`` where the chat template came from; ``missing`` weights
-    without an entry; ``mtp_missing`` why MTP blocks are among them; ``short`` experts of all were topped up.
+    without an entry; ``mtp_missing`` why MTP blocks are among them; ``short`` experts of all saw too few tokens.
     """
 
     path: Path

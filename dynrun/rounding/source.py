@@ -111,10 +111,9 @@ class Source:
         added = float(mixed[expert])
         shared = self.covariance.input_of[name]
         if self._layer is None or self._layer[0] != shared:
+            # The former is let go of first: of a wide input one takes a gigabyte.
             self._layer = None
-            total, n_total = self.covariance.layer(name)
-            total /= max(n_total, 1)
-            self._layer = shared, total
+            self._layer = shared, self.covariance.layer_mean(name)
         own += np.float32(added) * self._layer[1]
         return own, n_rows + added
 

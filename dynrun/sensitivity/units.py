@@ -49,14 +49,12 @@ def probe_types(candidates: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(nearest(bits) for bits in _BITS)) if types else ()
 
 
-def units(candidates: Mapping[str, Sequence[str]], group: str, energy: Mapping[str, float] | None = None) -> list[Unit]:
+def units(candidates: Mapping[str, Sequence[str]], group: str, energy: Mapping[str, float]) -> list[Unit]:
     """The units of tensors with their ``candidates``. ``group``: empty, ``kind``, ``kind:N`` (N neighbouring layers),
     or ``kind:depth`` (an eighth of the layers); ``energy``: Σ h·w² of each. Raises UsageError for another group."""
     types = {name: probe_types(own) for name, own in candidates.items()}
     names = [name for name, own in types.items() if own]
-    grouped = _grouped(names, group)
-    if energy is not None:
-        grouped = _alike(grouped, energy)
+    grouped = _alike(_grouped(names, group), energy)
     return [_unit(name, {n: types[n] for n in members}) for name, members in grouped.items()]
 
 

@@ -54,7 +54,7 @@ def tensors(n: int) -> dict[str, float]:
 
 
 def run(world: World, path: Path, wanted: float, group: str = "") -> Spent:
-    found = units(dict.fromkeys(world.slopes, TYPES), group)
+    found = units(dict.fromkeys(world.slopes, TYPES), group, dict.fromkeys(world.slopes, 1.0))
     return spend(
         *(found, choices(world.slopes), ProbeLog(path), world),
         n_sequences=N_SEQUENCES,
@@ -109,7 +109,7 @@ def test_an_interrupted_run_ends_with_the_same_slopes(tmp_path: Path) -> None:
 def test_a_later_line_does_not_change_what_earlier_rounds_decided(tmp_path: Path) -> None:
     """A log may hold more than a round asks for: estimates use the round's sequences only."""
     world = World(tensors(6), noise=0.5)
-    found = units(dict.fromkeys(world.slopes, TYPES), "")
+    found = units(dict.fromkeys(world.slopes, TYPES), "", dict.fromkeys(world.slopes, 1.0))
     small, large = ProbeLog(tmp_path / "small"), ProbeLog(tmp_path / "large")
     for log, n in ((small, 2), (large, 8)):
         for unit in found:
@@ -123,7 +123,7 @@ def test_a_later_line_does_not_change_what_earlier_rounds_decided(tmp_path: Path
 def test_hard_sequences_do_not_raise_the_tensors_that_saw_them(tmp_path: Path) -> None:
     """Two equal tensors, one measured on two sequences and one on all sixteen, get equal slopes."""
     world = World({"blk.0.a.weight": 1.0, "blk.1.a.weight": 1.0}, noise=0.0)
-    found = units(dict.fromkeys(world.slopes, TYPES), "")
+    found = units(dict.fromkeys(world.slopes, TYPES), "", dict.fromkeys(world.slopes, 1.0))
     log = ProbeLog(tmp_path / "log")
     counts = {"blk.0.a.weight": 2, "blk.1.a.weight": N_SEQUENCES}
     for unit in found:
@@ -156,7 +156,7 @@ def test_what_changes_no_choice_costs_nothing() -> None:
 def test_progress_counts_every_probe_once(tmp_path: Path) -> None:
     seen: list[Progress] = []
     world = World(tensors(5), noise=0.5)
-    found: list[Unit] = units(dict.fromkeys(world.slopes, TYPES), "")
+    found: list[Unit] = units(dict.fromkeys(world.slopes, TYPES), "", dict.fromkeys(world.slopes, 1.0))
     spend(
         *(found, choices(world.slopes), ProbeLog(tmp_path / "log"), world),
         n_sequences=4,

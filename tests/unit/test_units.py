@@ -13,10 +13,11 @@ SHAPES = {f"blk.{i}.{kind}.weight": DEFAULT_MENU for i in range(16) for kind in 
     "output.weight": DEFAULT_MENU,
     "token_embd.weight": NARROW,
 }
+ALIKE = dict.fromkeys(SHAPES, 1.0)
 
 
 def test_without_a_group_every_tensor_is_alone() -> None:
-    found = units(SHAPES, "")
+    found = units(SHAPES, "", ALIKE)
     assert [unit.name for unit in found] == list(SHAPES)
     assert found[0].types == tuple({"blk.0.attn_q.weight": t} for t in ("IQ3_S", "Q5_K", "IQ2_S"))
 
@@ -31,12 +32,12 @@ def test_without_codebook_types_others_of_these_bits_are_probed() -> None:
 
 def test_a_tensor_that_can_only_be_of_full_precision_is_not_probed() -> None:
     assert probe_types(["F16"]) == ()
-    assert [unit.name for unit in units({"a": ["F16"], "b": ["Q8_0", "F16"]}, "")] == ["b"]
+    assert [unit.name for unit in units({"a": ["F16"], "b": ["Q8_0", "F16"]}, "", {"b": 1.0})] == ["b"]
 
 
 @pytest.mark.parametrize(("group", "n_groups"), [("kind", 2), ("kind:4", 8), ("kind:5", 8), ("kind:depth", 16)])
 def test_groups_hold_one_kind_in_neighbouring_layers(group: str, n_groups: int) -> None:
-    found = units(SHAPES, group)
+    found = units(SHAPES, group, ALIKE)
     # The two tensors outside the blocks stay alone.
     assert len(found) == n_groups + 2
     for unit in found:
