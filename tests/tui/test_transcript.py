@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -122,6 +124,20 @@ async def test_an_answer_that_begins_far_from_the_screen_is_there_once() -> None
         await pilot.app.workers.wait_for_complete()
         await pilot.pause()
         assert screen_text(pilot).count("It begins") == 1
+
+
+async def test_what_is_near_is_looked_at_where_it_is_however_late_it_gets_there() -> None:
+    async with running_app((80, 24), visit=Visit("chat")) as pilot:
+        await wait_until(pilot, lambda: pilot.app.screen.query(Transcript), "the room")
+        transcript = one(pilot, "#transcript", Transcript)
+        long = "".join(f"Paragraph {i}\n\n" for i in range(400))
+        await transcript.show(new_chat("m").said(Message("user", "q"), Message("assistant", long)))
+        await shows(pilot, "Paragraph 399")
+        transcript.scroll_to(y=0, animate=False, immediate=True)
+        # It has other things to do: its screen is at rest before it hears of the scrolling.
+        transcript.call_later(asyncio.sleep, 0.3)
+        await shows(pilot, "Paragraph 0")
+        await wait_until(pilot, lambda: transcript.query(MarkdownPiece).last().asleep, "the end to sleep")
 
 
 async def test_a_long_block_of_code_grows_in_pieces_that_look_as_one() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.geometry import NULL_REGION, Size
+from textual.screen import Screen
 from textual.widgets import Button, Static
+from textual.worker import Worker
 
 from dynrun.runtime.history import Chat, Message
 from dynrun.tui.collector import COLLECTOR
@@ -27,33 +31,35 @@ class Transcript(VerticalScroll, can_focus=False):
         super().__init__(id=id)
         # Whether what is near the screen may be other things than at the last look.
         self._changed = False
+        # How far it was scrolled, and how large it and all in it were, when all was last laid out.
+        self._laid_out: tuple[float, Size, Size] | None = None
 
     def compose(self) -> ComposeResult:
         yield Static("No model yet: Ctrl+S names one.", id="nothing", markup=False)
 
     def on_mount(self) -> None:
-        self.watch(self, "scroll_y", self._move, init=False)
+        # Not when it is told to scroll, nor "after refresh", which may come before: where everything is must be known.
+        self.screen.screen_layout_refresh_signal.subscribe(self, self._see, immediate=True)
 
     def _size_updated(self, size: Size, virtual_size: Size, container_size: Size, layout: bool = True) -> bool:
         """All in it was just laid out: Textual would lay out everything again, for each piece of an answer."""
-        before = self.virtual_size
-        changed = super()._size_updated(size, virtual_size, container_size, layout=False)
-        if virtual_size != before:
-            self._move()
-        return changed
+        return super()._size_updated(size, virtual_size, container_size, layout=False)
+
+    def _see(self, _screen: Screen[Any]) -> None:
+        if self._laid_out != (laid_out := (self.scroll_y, self.virtual_size, self.size)):
+            self._laid_out = laid_out
+            self.call_next(self._look)
 
     @on(MarkdownPiece.Placed)
-    def _move(self) -> None:
-        # Not now, and again for what moves until then: where everything is must be known.
-        self.call_after_refresh(self._look)
-
-    def on_resize(self) -> None:
-        self._move()
+    def _place(self) -> None:
+        # Its height is only thought of now, and moves what is below it: again when that is laid out.
+        self._laid_out = None
+        self._look()
 
     def _look(self) -> None:
         self._changed = True
         if not running(self, _REST):
-            self.run_worker(self._wake_what_is_near(), group=_REST)
+            _: Worker[None] = self.run_worker(self._wake_what_is_near, group=_REST)
 
     async def _wake_what_is_near(self) -> None:
         """The rest falls asleep."""
@@ -82,7 +88,6 @@ class Transcript(VerticalScroll, can_focus=False):
                 await self.mount(Static(hint, id="nothing", markup=False))
             await self._show_from(chat, max(len(chat.messages) - _AT_ONCE, 0))
         self.anchor()
-        self._move()
 
     async def _show_from(self, chat: Chat, first: int) -> None:
         views = [_view(chat, index) for index in range(first, len(chat.messages))]
