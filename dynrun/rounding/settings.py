@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass
 from dynrun.artifacts import key_of
 
 # Counts up when the same settings give other bytes.
-REVISION = 3
+REVISION = 4
 
 
 @dataclass(frozen=True)
 class FeedbackSettings:
-    """``strengths`` are tried on held-out activations: the covariance is shrunk toward its diagonal as by s·n tokens of
-    independent columns, n its width. ``damping`` in units of the mean diagonal; ``n_rows`` of a tensor, of at most
-    ``n_experts``, decide on both, and on whether feedback is worth it. ``sweeps`` over all columns after the first."""
+    """``strengths``: the best is sought downhill on held-out activations; the covariance is shrunk toward its diagonal
+    as by s·n tokens of independent columns, n its width. ``damping`` in units of the mean diagonal; ``n_rows`` of a
+    tensor, of at most ``n_experts``, decide on both, and on whether feedback is worth it. ``sweeps`` over all columns
+    after the first."""
 
     strengths: tuple[float, ...] = (0.25, 1.0, 4.0, 16.0)
     damping: float = 1e-3
