@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
@@ -22,6 +22,9 @@ from dynrun.calibration.imatrix import Imatrix
 from dynrun.errors import DynrunError
 from dynrun.llamacpp.engine import Engine, Tokens
 from dynrun.llamacpp.graph import Activation
+
+if TYPE_CHECKING:
+    from dynrun.calibration.relay import Relay
 
 Sums = npt.NDArray[np.float64]
 Batch = Sequence[Tokens]
@@ -191,10 +194,11 @@ def run_pass(
     *,
     enough: Callable[[int], bool] = lambda _: False,
     progress: Callable[[int], None] = lambda _: None,
+    relay: Relay | None = None,
 ) -> Pass:
     """Decode ``batches`` in order until they end or ``enough(number done)``; fill ``accumulators``.
 
-    ``progress`` gets the tokens done.
+    ``progress`` gets the tokens done. With ``relay`` batches go on from where the pass before left them.
     """
     begun = done = checkpoint.load(accumulators)
     sizes = [sum(len(tokens) for tokens in batch) for batch in batches]
@@ -209,7 +213,10 @@ def run_pass(
     while done < len(batches) and not enough(done):
         for accumulator in accumulators:
             accumulator.begin(done)
-        engine.watch_inputs(batches[done], take, only=wanted)
+        if relay is None:
+            engine.watch_inputs(batches[done], take, wanted)
+        else:
+            relay.watch(engine, done, batches[done], take, wanted)
         n_tokens, done = n_tokens + sizes[done], done + 1
         if done % CHECKPOINT_BATCHES == 0:
             checkpoint.save_if_due(done, accumulators)

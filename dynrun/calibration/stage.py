@@ -5,6 +5,7 @@ Takes sequences (text.py), gives files found again by them; chooses no text.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ from dynrun.calibration.collect import Batch, Checkpoint, Pass, SquareSums, inpu
 from dynrun.calibration.covariance import Covariance, CovarianceSums, Unit, is_written, plan_passes
 from dynrun.calibration.experts import coverage, shrink_experts
 from dynrun.calibration.imatrix import load_imatrix, merge, missing_entries, read_imatrix, write_imatrix
+from dynrun.calibration.relay import Relay, relays
 from dynrun.calibration.sequences import TokenSequence, fingerprint, pack
 from dynrun.config import Config
 from dynrun.errors import NotFoundError
@@ -26,6 +28,7 @@ from dynrun.models import Reference
 
 IMATRIX_FILE = "imatrix.gguf"
 _STATE_FILE = "state.npz"
+_RELAY_FOLDER = "layers"
 # Counts up when the packing or the collection gives other numbers.
 _REVISION = 3
 _COVARIANCE_REVISION = 1
@@ -187,8 +190,10 @@ def make_covariance(job: Job) -> CovarianceStage:
         with job.engine() as engine:
             widths = {name: (engine.weights[name].shape[0], n) for name, n in inputs_of(engine).items()}
             passes = plan_passes(widths, job.settings.memory or _COVARIANCE_MEMORY)
-            speeds = [_covariance_pass(job, engine, units, folder) for units in passes]
+            chain = relays(engine, passes, job.batches[0], folder / _RELAY_FOLDER)
+            speeds = [_covariance_pass(job, engine, *one, folder) for one in zip(passes, chain, strict=True)]
             input_of = dict(engine.input_of)
+        shutil.rmtree(folder / _RELAY_FOLDER, ignore_errors=True)
         return {"input_of": input_of, "n_passes": len(passes), "tokens_per_second": round(speeds[0], 1)}
 
     folder = job.folder("covariance")
@@ -200,7 +205,7 @@ def make_covariance(job: Job) -> CovarianceStage:
     )
 
 
-def _covariance_pass(job: Job, engine: Engine, units: Sequence[Unit], folder: StageFolder) -> float:
+def _covariance_pass(job: Job, engine: Engine, units: Sequence[Unit], relay: Relay, folder: StageFolder) -> float:
     """One pass, unless an earlier run has done it; its tokens per second."""
     if all(is_written(unit, folder.path) for unit in units):
         return 0.0
@@ -216,10 +221,12 @@ def _covariance_pass(job: Job, engine: Engine, units: Sequence[Unit], folder: St
         state,
         enough=_enough(job, squares),
         progress=job.told(f"tokens, {len(units)} matrices"),
+        relay=relay,
     )
     if squares is not None:
         run_stage(imatrix, lambda to: _write(job, engine, squares, done, to))
     sums.write(folder.path)
+    relay.end()
     state.path.unlink(missing_ok=True)
     return done.tokens_per_second
 

@@ -22,11 +22,14 @@ from dynrun.gguf.quantizable import is_mtp, mtp_blocks
 from dynrun.llamacpp.graph import (
     Activation,
     Dispatcher,
+    LayerOutput,
     Node,
     Record,
     Resume,
+    Silence,
     Tap,
     WatchInputs,
+    layer_node,
     skippable,
 )
 from dynrun.llamacpp.library import ggml, llama
@@ -82,7 +85,7 @@ class Engine(Vocabulary):
         self.n_ctx: int = self._llama.llama_n_ctx(context)
         self.n_batch: int = self._llama.llama_n_batch(context)
         self.n_seq_max: int = self._llama.llama_n_seq_max(context)
-        self._fixed = fixed
+        self._fixed, self._repeats = fixed, False
         self._found = None if fixed else self._find_weights()
 
     @classmethod
@@ -186,13 +189,22 @@ class Engine(Vocabulary):
             self._decode_pieces([Piece(0, start, piece, tuple(range(len(piece))))], tap)
 
     def watch_inputs(
-        self, batch: Sequence[Tokens], consume: Callable[[Activation], None], only: Collection[str] | None = None
-    ) -> None:
+        self,
+        batch: Sequence[Tokens],
+        consume: Callable[[Activation], None],
+        only: Collection[str] | None = None,
+        *,
+        start: LayerOutput | None = None,
+        keep: int | None = None,
+    ) -> LayerOutput | None:
         """Decode the sequences of ``batch`` together and give the inputs of the weights to ``consume``.
 
         Each input once, under the name of the first weight that reads it (:attr:`input_of`); with ``only`` the inputs
-        of these names alone. Rows are the positions of all sequences, one after another. MTP blocks run after the
-        decode, their inputs come in several parts.
+        of these names alone, and nothing is computed behind the last of them. Rows are the positions of all sequences,
+        one after another. MTP blocks run after the decode, their inputs come in several parts.
+
+        Gives the output of layer ``keep`` where it can be had; as ``start`` of the same batch it saves what leads to
+        it, if the model can do that (calibration/relay.py).
         """
         names = {w.pointer: n for n, w in self.weights.items() if self.input_of.get(n) == n}
         if only is not None:
@@ -200,16 +212,27 @@ class Engine(Vocabulary):
         heads = {pointer: name for pointer, name in names.items() if is_mtp(name, self.header.metadata)}
         # All positions are outputs, or the last layer would see only some.
         n_tokens = sum(len(tokens) for tokens in batch)
-        outputs, tap = tuple(range(n_tokens)), WatchInputs(self._ggml, names, consume)
+        outputs, once = tuple(range(n_tokens)), not (heads or self._repeats)
+        tap = WatchInputs(self._ggml, names, consume, n_tokens=n_tokens if once else 0, keep=keep)
+        behind = tap if start is None else self._behind(start, batch, outputs, tap)
         if self._mtp is None or not heads:
-            self._decode(batch, outputs, tap, copy=False)
-            return
+            self._decode(batch, outputs, behind, copy=False)
+            return tap.kept
         with self._mtp.states_kept():
-            self._decode(batch, outputs, tap, copy=False)
+            self._decode(batch, outputs, behind, copy=False)
             states = self._mtp.states(n_tokens)
         # Only what the MTP blocks own: they end in the model's output.weight too, whose statistics (and so its
         # rounding) are to serve the answers that are given, not the drafts, nor count every token twice.
         self._mtp.run(batch, states, WatchInputs(self._ggml, heads, consume))
+        return tap.kept
+
+    def _behind(self, start: LayerOutput, batch: Sequence[Tokens], outputs: tuple[int, ...], tap: Tap) -> Tap:
+        """``tap`` on what is behind ``start``; on everything where the graph has no such layer, or comes in parts."""
+        graph, cut = Silence(self._ggml), layer_node(start.layer)
+        self._decode(batch, outputs, graph, copy=False)
+        if [node.name for node in graph.nodes].count(cut) != 1:
+            return tap
+        return Resume(self._ggml, graph.nodes, skippable(graph.nodes, cut), cut, start.value, tap)
 
     def record(self, tokens: Tokens, outputs: Sequence[int]) -> tuple[Prefix, Logits]:
         """Decode and keep every layer's output, so that :meth:`resume` can start at any layer."""
@@ -222,7 +245,7 @@ class Engine(Vocabulary):
 
         ``layer`` -1, or one that was not recorded, decodes everything.
         """
-        cut = f"l_out-{layer}"
+        cut = layer_node(layer)
         if cut not in prefix.values:
             return self._decode([prefix.tokens], prefix.outputs)
         skip = skippable(prefix.nodes, cut)
@@ -282,7 +305,7 @@ class Engine(Vocabulary):
         first = self.bos if self.bos >= 0 else 0
         tap = FindCopies(self._ggml, self.header.tensors)
         self._decode([[first]], (0,), tap)
-        pointers, input_of = tap.found, tap.input_of
+        pointers, input_of, self._repeats = tap.found, tap.input_of, bool(tap.repeated)
         if self._mtp is not None:
             own = [name for name in self.header.tensors if is_mtp(name, self.header.metadata)]
             try:

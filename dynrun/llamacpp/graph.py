@@ -23,7 +23,12 @@ F32_TYPE = 0
 
 
 class Tap:
-    """Does nothing; subclasses override. ``ask`` returns whether the node's data is wanted in ``got``."""
+    """Does nothing; subclasses override. ``ask`` returns whether the node's data is wanted in ``got``.
+
+    ``done``: what is behind the node that was just got is not wanted, and need not be computed.
+    """
+
+    done: bool = False
 
     def ask(self, pointer: int, node: GgmlTensor) -> bool:
         return False
@@ -56,7 +61,7 @@ class FindTensors(Tap):
         self.input_of: dict[str, str] = {}
         self._multiplies = {lib.ops["MUL_MAT"], lib.ops["MUL_MAT_ID"]}
         self._first: dict[tuple[int, int | None], str] = {}
-        self._repeated: set[str] = set()
+        self.repeated: set[str] = set()
 
     def ask(self, pointer: int, node: GgmlTensor) -> bool:
         for source in sources(node):
@@ -72,14 +77,14 @@ class FindTensors(Tap):
         if name not in self.wanted or GgmlTensor.from_address(node.src[1]).type != F32_TYPE:
             return
         if name in self.input_of:
-            self._repeated.add(name)
+            self.repeated.add(name)
         else:
             self.input_of[name] = self._first.setdefault((node.src[1], node.src[2]), name)
 
     def finish(self) -> None:
         # A weight used at several places has the inputs of all of them, and speaks for no other.
         for name, first in self.input_of.items():
-            if name in self._repeated or first in self._repeated:
+            if name in self.repeated or first in self.repeated:
                 self.input_of[name] = name
 
 
@@ -92,25 +97,55 @@ class Activation:
     experts: npt.NDArray[np.int32] | None
 
 
+@dataclass(frozen=True)
+class LayerOutput:
+    """What ``layer`` made of one batch: the bytes of its node in the graph (``l_out-N``, F32 [n_tokens, n_embd])."""
+
+    layer: int
+    value: npt.NDArray[np.uint8]
+
+
 class WatchInputs(Tap):
     """Give the F32 input of every multiplication with a known weight to ``consume``.
 
     As llama-imatrix does (tools/imatrix/imatrix.cpp, collect_imatrix): MUL_MAT and MUL_MAT_ID, weight in src[0].
-    The logits themselves are not computed: a small model spends a quarter of its time on them.
+    The logits themselves are not computed: a small model spends a quarter of its time on them. Nor is anything behind
+    the last of the inputs, once ``n_tokens`` rows of each have come (0: they may come again). ``keep``: a layer whose
+    output is kept.
     """
 
-    def __init__(self, lib: Ggml, weights: dict[int, str], consume: Callable[[Activation], None]) -> None:
+    def __init__(
+        self,
+        lib: Ggml,
+        weights: dict[int, str],
+        consume: Callable[[Activation], None],
+        *,
+        n_tokens: int = 0,
+        keep: int | None = None,
+    ) -> None:
         self.lib, self.weights, self.consume = lib, weights, consume
         self.dense, self.routed = lib.ops["MUL_MAT"], lib.ops["MUL_MAT_ID"]
         self._logits: list[GgmlTensor] = []
+        self._n_tokens, self._missing = n_tokens, dict.fromkeys(weights.values(), n_tokens)
+        self._keep, self._kept = layer_node(keep).encode(), list[npt.NDArray[np.uint8]]()
+        self._layer = keep
+
+    @property
+    def kept(self) -> LayerOutput | None:
+        """The output of the layer to keep; None where the graph has none, or came in parts."""
+        return LayerOutput(self._layer, self._kept[0]) if self._layer is not None and len(self._kept) == 1 else None
 
     def ask(self, pointer: int, node: GgmlTensor) -> bool:
         if node.op == self.dense and node.name == b"result_output":
             node.op = self.lib.ops["NONE"]
             self._logits.append(node)
             return True
+        if self._keep and node.name == self._keep:
+            return True
         if node.op not in (self.dense, self.routed) or node.src[0] not in self.weights:
             return False
+        # Of the batch's next part.
+        self.done = False
         return bool(GgmlTensor.from_address(node.src[1]).type == F32_TYPE)
 
     def finish(self) -> None:
@@ -120,17 +155,32 @@ class WatchInputs(Tap):
     def got(self, pointer: int, node: GgmlTensor) -> None:
         # At once: llama.cpp may use the same graph again, or its memory for the graph of the batch's next part.
         self.finish()
-        if node.src[0] not in self.weights:
-            return
-        name = self.weights[node.src[0]]
+        if self._keep and node.name == self._keep:
+            self._kept.append(self.lib.tensor_bytes(pointer))
+        elif node.src[0] in self.weights:
+            name = self.weights[node.src[0]]
+            self._missing[name] -= self._consumed(name, node)
+        self.done = (
+            self._n_tokens > 0 and not (self._keep and not self._kept) and max(self._missing.values(), default=0) <= 0
+        )
+
+    def _consumed(self, name: str, node: GgmlTensor) -> int:
+        """Tokens whose input was given away."""
         x = strided(self.lib, node.src[1])
         if node.op != self.routed:
-            self.consume(Activation(name, x.reshape(-1, x.shape[-1]), None))
-            return
+            rows = x.reshape(-1, x.shape[-1])
+            self.consume(Activation(name, rows, None))
+            return len(rows)
         # x: [n_tokens, n_used or 1, ne0]; ids: [n_tokens, n_used]
         ids = strided(self.lib, node.src[2], np.int32)[0, 0]
         rows = np.broadcast_to(x[0], (*ids.shape, x.shape[-1]))
         self.consume(Activation(name, rows.reshape(-1, x.shape[-1]), ids.reshape(-1)))
+        return len(ids)
+
+
+def layer_node(layer: int | None) -> str:
+    """The name of a layer's output in the graph; empty for None."""
+    return "" if layer is None else f"l_out-{layer}"
 
 
 def strided(lib: Ggml, pointer: int, dtype: type[Any] = np.float32) -> npt.NDArray[Any]:
@@ -189,19 +239,43 @@ def skippable(nodes: Sequence[Node], cut: str) -> frozenset[int]:
     return frozenset(range(len(nodes))) - frozenset(needed)
 
 
+class Silence(Tap):
+    """Record the graph of a batch, and compute nothing of it."""
+
+    def __init__(self, lib: Ggml) -> None:
+        self._none = lib.ops["NONE"]
+        self.nodes: list[Node] = []
+        self._silenced: list[tuple[GgmlTensor, int]] = []
+
+    def ask(self, pointer: int, node: GgmlTensor) -> bool:
+        self.nodes.append(Node(pointer, node.name.decode("utf-8", "replace"), sources(node)))
+        self._silenced.append((node, node.op))
+        node.op = self._none
+        return False
+
+    def finish(self) -> None:
+        # llama.cpp may use the same graph for the next decode.
+        for node, op in self._silenced:
+            node.op = op
+
+
 @dataclass
 class Resume(Tap):
-    """Skip the nodes in ``skip`` and put ``value`` in the place of node ``cut``."""
+    """Skip the nodes in ``skip`` and put ``value`` in the place of node ``cut``; ``inner`` sees all others."""
 
     lib: Ggml
     nodes: Sequence[Node]
     skip: frozenset[int]
     cut: str
     value: npt.NDArray[np.uint8]
+    inner: Tap = field(default_factory=Tap)
     _next: int = 0
     _silenced: list[tuple[GgmlTensor, int]] = field(default_factory=list)
 
     def ask(self, pointer: int, node: GgmlTensor) -> bool:
+        if self.done:
+            # Some nodes were left out: those of other backends would not be where they are expected.
+            return False
         index, self._next = self._next, self._next + 1
         if index >= len(self.nodes) or self.nodes[index].name != node.name.decode("utf-8", "replace"):
             raise RuntimeError(f"the graph changed at node {index}: {node.name!r}")
@@ -209,15 +283,20 @@ class Resume(Tap):
         if index in self.skip or is_cut:
             self._silenced.append((node, node.op))
             node.op = self.lib.ops["NONE"]
-        return is_cut
+            return is_cut
+        return self.inner.ask(pointer, node)
 
     def got(self, pointer: int, node: GgmlTensor) -> None:
-        self.lib.set_tensor_bytes(pointer, self.value)
+        if node.name.decode("utf-8", "replace") == self.cut:
+            self.lib.set_tensor_bytes(pointer, self.value)
+        else:
+            self.inner.got(pointer, node)
+            self.done = self.inner.done
 
     def finish(self) -> None:
-        # llama.cpp may use the same graph for the next decode.
         for node, op in self._silenced:
             node.op = op
+        self.inner.finish()
 
 
 class Dispatcher:
@@ -248,7 +327,7 @@ class Dispatcher:
             if ask:
                 return self.tap.ask(pointer, node)
             self.tap.got(pointer, node)
-            return True
+            return not self.tap.done
         except BaseException as error:  # an exception must not cross C code; the engine raises it after the decode
             self.error = error
             return False

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dynrun.calibration.covariance import one_bytes
+from dynrun.calibration.collect import inputs_of
+from dynrun.calibration.covariance import one_bytes, plan_passes
 from dynrun.calibration.imatrix import read_imatrix
+from dynrun.calibration.imatrix_stats import block_and_kind
+from dynrun.calibration.relay import Relay, can_go_on, relays
 from dynrun.calibration.sequences import TokenSequence
 from dynrun.calibration.stage import IMATRIX_FILE, ImatrixSettings, Job, make_covariance, make_imatrix
 from dynrun.errors import DoesNotFitError
+from dynrun.llamacpp.graph import Activation, LayerOutput, WatchInputs
+from dynrun.llamacpp.library import GgmlTensor
 from dynrun.models import open_reference
 from tests.tiny import write_tiny_llama
 
@@ -90,12 +98,86 @@ def test_less_memory_means_more_passes_and_the_same_matrices(tmp_path: Path) -> 
     assert many.outcome.cached  # how it was computed is no part of what it is
     folder = what.folder("covariance")
     before = {name: once.covariance.matrix(name) for name in once.covariance.input_of}
+    assert not (folder / "layers").exists()
     for path in folder.path.iterdir():
         path.unlink()
     many = make_covariance(replace(what, settings=replace(what.settings, memory=one_bytes(512))))
     assert (once.n_passes, many.n_passes) == (1, 15)
+    assert not (folder / "layers").exists()
     for name, matrix in before.items():
         assert np.array_equal(many.covariance.matrix(name), matrix), name
+
+
+@pytest.mark.parametrize("n_expert", [0, 4])
+def test_further_passes_go_on_from_the_layer_before_theirs(tmp_path: Path, n_expert: int) -> None:
+    what = job(tmp_path, n_expert=n_expert)
+    with what.engine() as engine:
+        widths = {name: (engine.weights[name].shape[0], n) for name, n in inputs_of(engine).items()}
+        passes = plan_passes(widths, one_bytes(512))
+        chain = relays(engine, passes, what.batches[0], tmp_path / "layers")
+        of_layers = [
+            (block_and_kind(units[0].input)[0], relay.start) for units, relay in zip(passes, chain, strict=True)
+        ]
+        assert {start for block, start in of_layers if block == 1} == {0}
+        assert of_layers[-1] == (None, 1), "the output's input is that of no layer"
+        assert {start for block, start in of_layers if block == 0} == {None}
+        asked: list[str] = []
+        last = passes[-1][0].input
+        with nodes_asked(asked):
+            chain[-2].watch(engine, 0, what.batches[0], lambda _: None, [passes[-2][0].input])
+            first = len(asked)
+            chain[-1].watch(engine, 0, what.batches[0], lambda found: asked.append(found.weight), [last])
+        # There was nothing yet that the first could go on from.
+        assert "attn_norm-0" in asked[:first]
+        assert "result_norm" not in asked[:first], "nothing is computed behind what is wanted"
+        assert asked[-1] == last
+        assert not [name for name in asked[first:] if name.endswith(("-0", "-1"))], "nor what was computed before"
+
+
+@contextmanager
+def nodes_asked(names: list[str]) -> Iterator[None]:
+    """The nodes that anything is asked about, in their order."""
+    with pytest.MonkeyPatch.context() as patch:
+        ask = WatchInputs.ask
+
+        def noted(self: WatchInputs, pointer: int, node: GgmlTensor) -> bool:
+            names.append(node.name.decode())
+            return ask(self, pointer, node)
+
+        patch.setattr(WatchInputs, "ask", noted)
+        yield
+
+
+def test_a_model_that_does_not_go_on_as_it_began_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    what = job(tmp_path)
+    with what.engine() as engine:
+        wanted = ["blk.1.ffn_down.weight"]
+        assert can_go_on(engine, 0, wanted, what.batches[0])
+        assert not can_go_on(engine, 7, wanted, what.batches[0]), "no such layer"
+        assert not can_go_on(engine, 1, wanted, what.batches[0]), "the input lies before it"
+        behind = engine._behind
+
+        def otherwise(start: LayerOutput, *rest: Any) -> Any:
+            # As where a later layer reads what an earlier one has written.
+            return behind(LayerOutput(start.layer, np.roll(start.value, 4)), *rest)
+
+        monkeypatch.setattr(engine, "_behind", otherwise)
+        assert not can_go_on(engine, 0, wanted, what.batches[0])
+
+
+def test_a_batch_whose_layer_was_lost_begins_anew(tmp_path: Path) -> None:
+    what = job(tmp_path)
+    batch, wanted = what.batches[0], ["blk.1.ffn_down.weight"]
+    with what.engine() as engine:
+        found: list[Activation] = []
+        engine.watch_inputs(batch, found.append, wanted)
+        for damage in (None, b"", b"\x93NUMPY", b"PK"):
+            if damage is not None:
+                (tmp_path / "layers" / "layer-0").mkdir(parents=True, exist_ok=True)
+                (tmp_path / "layers" / "layer-0" / "0.npy").write_bytes(damage)
+            Relay(tmp_path / "layers", 0).watch(engine, 0, batch, found.append, wanted)
+    assert len(found) == 5
+    assert all(np.array_equal(one.x, found[0].x) for one in found)
 
 
 def test_memory_for_not_even_one_matrix_is_said_before_anything_is_decoded(tmp_path: Path) -> None:
