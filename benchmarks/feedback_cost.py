@@ -38,9 +38,6 @@ class Cost:
     seconds: float
     memory: int
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.seconds + other.seconds, max(self.memory, other.memory))
-
 
 def measure(command: Sequence[str | Path], folder: Path, **environment: str) -> Cost:
     """Of ``command``, run in ``folder``. Exits where it fails."""
@@ -61,14 +58,8 @@ def theirs(options: argparse.Namespace, folder: Path) -> dict[str, Cost]:
     program, chunks = installation().program, str(options.tokens // N_CTX)
     imatrix: list[str | Path] = [program("llama-imatrix"), "-m", options.model, "-f", options.text, "-o", "theirs.gguf"]
     imatrix += ["-c", str(N_CTX), "-t", threads, "--chunks", chunks, "--process-output", "--no-ppl"]
-    quantize: list[str | Path] = [
-        program("llama-quantize"),
-        "--imatrix",
-        "theirs.gguf",
-        "--tensor-type-file",
-        "types.txt",
-    ]
-    quantize += [options.model, "theirs-out.gguf", scheme.label, threads]
+    quantize: list[str | Path] = [program("llama-quantize"), "--imatrix", "theirs.gguf"]
+    quantize += ["--tensor-type-file", "types.txt", options.model, "theirs-out.gguf", scheme.label, threads]
     return {"llama-imatrix": measure(imatrix, folder), "llama-quantize": measure(quantize, folder)}
 
 
@@ -95,7 +86,7 @@ def main() -> None:
     options.model, options.scheme, options.text = (x.resolve() for x in (options.model, options.scheme, options.text))
     with tempfile.TemporaryDirectory(dir=options.out) as temporary:
         costs = theirs(options, Path(temporary))
-        both = costs["llama-imatrix"] + costs["llama-quantize"]
+        both = sum(cost.seconds for cost in costs.values())
         costs["dynrun"] = mine = ours(options, Path(temporary))
     reference = options.model.stat().st_size
     result = {
@@ -103,7 +94,7 @@ def main() -> None:
         "threads": load_config().n_threads,
         "seconds": {name: round(cost.seconds, 1) for name, cost in costs.items()},
         "peak_gb": {name: round(cost.memory / 1e9, 2) for name, cost in costs.items()},
-        "times_both": round(mine.seconds / both.seconds, 2),
+        "times_both": round(mine.seconds / both, 2),
         "gb_over_reference": round((mine.memory - reference) / 1e9, 2),
     }
     print(json.dumps(result, indent=1))

@@ -48,6 +48,23 @@ def sources(node: GgmlTensor) -> list[int]:
     return found
 
 
+class Silenced:
+    """Nodes that compute nothing until they are restored: llama.cpp may use the same graph for the next decode."""
+
+    def __init__(self, lib: Ggml) -> None:
+        self._none = lib.ops["NONE"]
+        self._nodes: list[tuple[GgmlTensor, int]] = []
+
+    def add(self, node: GgmlTensor) -> None:
+        self._nodes.append((node, node.op))
+        node.op = self._none
+
+    def restore(self) -> None:
+        while self._nodes:
+            node, op = self._nodes.pop()
+            node.op = op
+
+
 class FindTensors(Tap):
     """Collect the pointer of every named leaf (weights among them) of the graph.
 
@@ -125,7 +142,7 @@ class WatchInputs(Tap):
     ) -> None:
         self.lib, self.weights, self.consume = lib, weights, consume
         self.dense, self.routed = lib.ops["MUL_MAT"], lib.ops["MUL_MAT_ID"]
-        self._logits: list[GgmlTensor] = []
+        self._logits = Silenced(lib)
         self._n_tokens, self._missing = n_tokens, dict.fromkeys(weights.values(), n_tokens)
         self._keep, self._kept = layer_node(keep).encode(), list[npt.NDArray[np.uint8]]()
         self._layer = keep
@@ -137,8 +154,7 @@ class WatchInputs(Tap):
 
     def ask(self, pointer: int, node: GgmlTensor) -> bool:
         if node.op == self.dense and node.name == b"result_output":
-            node.op = self.lib.ops["NONE"]
-            self._logits.append(node)
+            self._logits.add(node)
             return True
         if self._keep and node.name == self._keep:
             return True
@@ -149,8 +165,7 @@ class WatchInputs(Tap):
         return bool(GgmlTensor.from_address(node.src[1]).type == F32_TYPE)
 
     def finish(self) -> None:
-        while self._logits:
-            self._logits.pop().op = self.dense
+        self._logits.restore()
 
     def got(self, pointer: int, node: GgmlTensor) -> None:
         # At once: llama.cpp may use the same graph again, or its memory for the graph of the batch's next part.
@@ -239,24 +254,19 @@ def skippable(nodes: Sequence[Node], cut: str) -> frozenset[int]:
     return frozenset(range(len(nodes))) - frozenset(needed)
 
 
-class Silence(Tap):
+class Silence(Record):
     """Record the graph of a batch, and compute nothing of it."""
 
     def __init__(self, lib: Ggml) -> None:
-        self._none = lib.ops["NONE"]
-        self.nodes: list[Node] = []
-        self._silenced: list[tuple[GgmlTensor, int]] = []
+        super().__init__(lib, lambda _: False)
+        self._silenced = Silenced(lib)
 
     def ask(self, pointer: int, node: GgmlTensor) -> bool:
-        self.nodes.append(Node(pointer, node.name.decode("utf-8", "replace"), sources(node)))
-        self._silenced.append((node, node.op))
-        node.op = self._none
-        return False
+        self._silenced.add(node)
+        return super().ask(pointer, node)
 
     def finish(self) -> None:
-        # llama.cpp may use the same graph for the next decode.
-        for node, op in self._silenced:
-            node.op = op
+        self._silenced.restore()
 
 
 @dataclass
@@ -270,7 +280,9 @@ class Resume(Tap):
     value: npt.NDArray[np.uint8]
     inner: Tap = field(default_factory=Tap)
     _next: int = 0
-    _silenced: list[tuple[GgmlTensor, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._silenced = Silenced(self.lib)
 
     def ask(self, pointer: int, node: GgmlTensor) -> bool:
         if self.done:
@@ -281,8 +293,7 @@ class Resume(Tap):
             raise RuntimeError(f"the graph changed at node {index}: {node.name!r}")
         is_cut = self.nodes[index].name == self.cut
         if index in self.skip or is_cut:
-            self._silenced.append((node, node.op))
-            node.op = self.lib.ops["NONE"]
+            self._silenced.add(node)
             return is_cut
         return self.inner.ask(pointer, node)
 
@@ -294,8 +305,7 @@ class Resume(Tap):
             self.done = self.inner.done
 
     def finish(self) -> None:
-        for node, op in self._silenced:
-            node.op = op
+        self._silenced.restore()
         self.inner.finish()
 
 
