@@ -66,10 +66,12 @@ class Part:
         return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
     def prepare(self) -> None:
-        """Make the file, so that threads can write into it."""
+        """Make the file, so that threads can write into it, and its note: that has its room before a disk is full."""
         with translated_os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
+            if not self.note.exists():
+                self._write_note(self._done)
 
     def add(self, start: int, end: int) -> None:
         """Bytes [start, end) are written."""
@@ -91,14 +93,26 @@ class Part:
             done = self._done
         if done == self._saved:
             return
-        note = {"path": self.file.path, "size": self.file.size, "etag": self.file.etag, "done": done}
-        temporary = _temporary(self.note)
         with translated_os_errors(self.note), self._note_lock:
             if self._finished:
                 return
-            temporary.write_text(json.dumps(note), encoding="utf-8")
-            temporary.replace(self.note)
+            self._write_note(done)
         self._saved = done
+
+    def _write_note(self, done: list[tuple[int, int]]) -> None:
+        text = json.dumps({"path": self.file.path, "size": self.file.size, "etag": self.file.etag, "done": done})
+        temporary = _temporary(self.note)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.note)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            if not self.note.exists():
+                raise
+            # A full disk has no room for another one, but for this one in its place.
+            with self.note.open("r+", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.truncate()
 
     def flush(self) -> None:
         """Bring to the disk what was written since the last time. Raises DoesNotFitError, DynrunError."""

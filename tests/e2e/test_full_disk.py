@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from dynrun.hub.files import RemoteFile
+from dynrun.hub.part import Part
 from tests.commands import ARGV, Ran, dynrun
 from tests.hub_server import Fault, Hub, serving
 from tests.tiny import write_tiny_llama
@@ -112,6 +114,20 @@ def test_in_an_evaluation(tiny: Path, disk: Path, tmp_path: Path) -> None:
         check_full(ran, disk, {})
         make_room(disk)
     assert dynrun(*argv, env=on(disk)).stdout == undisturbed
+
+
+def test_what_a_pull_has_is_noted_on_a_full_disk(disk: Path) -> None:
+    file = RemoteFile("o/m", "c" * 40, "m-Q4_K_M.gguf", 24 << 20, "e" * 64, "e" * 64)
+    part = Part(file, disk / "blob")
+    part.prepare()
+    fill(disk)
+    for end in (10, 1 << 20):
+        part.add(0, end)
+        part.save()
+    with part.path.open("r+b") as stream:
+        stream.truncate(1 << 20)
+    assert Part(file, disk / "blob").resumed_bytes == 1 << 20
+    assert {path.name for path in disk.iterdir()} == {"ballast", part.path.name, part.note.name}
 
 
 def test_in_a_pull(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
