@@ -89,7 +89,7 @@ def _block(n_embd: int, n_kv: int, n_ff: int, n_expert: int) -> dict[str, tuple[
 
 
 def _weight(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> Any:
-    if name.endswith("norm"):
+    if name.endswith(("norm", "rope_freqs")):
         return (1 + 0.1 * random.standard_normal(shape)).astype(np.float32)
     # Sized so that each block changes the residual stream and the logits differ by a few nats.
     values = random.standard_normal(shape) * (1.0 if name == "token_embd" else 2.0 / np.sqrt(shape[-1]))

@@ -1,8 +1,8 @@
 """Replace tensors in the loaded model and measure the divergence.
 
 Work before the first replaced tensor's layer is not repeated: the model's activations at the end of the layer before it
-were kept, and decoding goes on from there (engine.resume). That this gives the same logits is checked on the model at
-hand before it is relied on. Decides nothing about what is worth a measurement (adaptive.py, allocation/search.py).
+were kept, and decoding goes on from there (engine.resume). How far in this gives the same logits is found on the model
+at hand before it is relied on. Decides nothing about what is worth a measurement (adaptive.py, allocation/search.py).
 """
 
 from __future__ import annotations
@@ -79,23 +79,36 @@ class Sweep:
             self._reference.append(logits)
         layers = [int(name.removeprefix("l_out-")) for name in self._prefixes[0].values]
         self._last_layer = max(layers, default=-1)
-        self.reuses = self._reuse_is_exact()
+        self.furthest = self._furthest_exact()
 
     def _record(self, sequence: TokenSequence) -> tuple[Prefix, Logits]:
         # The last token's successor is unknown, but its prediction is as good a sample of the divergence as any.
         return self.engine.record(sequence.tokens, range(len(sequence.tokens)))
 
-    def _reuse_is_exact(self) -> bool:
-        """Whether going on from the middle gives the logits of a full decode, with a weight replaced after it."""
-        middle = self._last_layer // 2
-        names = [n for n in self.engine.weights if n.startswith(f"blk.{middle + 1}.") and self._can_replace(n)]
-        if middle < 0 or not names:
+    def _furthest_exact(self) -> int:
+        """The last layer behind which a decode may go on; -1 for none.
+
+        Where layers read the caches of earlier ones (gemma3n, gemma4), these may not be left out.
+        """
+        layer = self._last_layer - 1
+        while layer >= 0:
+            if self._goes_on(layer):
+                return layer
+            layer = layer // 2 or -1
+        return -1
+
+    def _goes_on(self, layer: int) -> bool:
+        """Whether going on behind ``layer`` gives the logits of a full decode, with a weight replaced behind it."""
+        names = [n for n in self.engine.weights if n.startswith(f"blk.{layer + 1}.") and self._can_replace(n)]
+        if not names:
             return False
         prefix, name = self._prefixes[0], names[-1]
         changed = self.quantizer.weights.rows(name) * np.float32(1.02)
         with self.engine.replaced(name, encode(changed, stored_as(self.engine, name) or "")):
             whole = self.engine.logits(prefix.tokens, prefix.outputs)
-            resumed = self.engine.resume(prefix, middle)
+            # What it left in the caches is overwritten, or it would be found there.
+            self.engine.logits([(token + 1) % self.engine.n_vocab for token in prefix.tokens], (0,))
+            resumed = self.engine.resume(prefix, layer)
         return bool(divergence(whole, resumed).kld.max() < 1e-9)
 
     def _can_replace(self, name: str) -> bool:
@@ -121,11 +134,10 @@ class Sweep:
         return Probe(job.name, job.types, job.first, errors, klds, weights, forward, elapsed)
 
     def _layer_before(self, tensor: str) -> int:
-        if not self.reuses:
-            return -1
         if match := re.match(r"blk\.(\d+)\.", tensor):
-            return int(match[1]) - 1
-        return self._last_layer if tensor == "output.weight" else -1
+            return min(int(match[1]) - 1, self.furthest)
+        # Behind the last layer nothing reads a cache.
+        return self._last_layer if tensor == "output.weight" and self.furthest >= 0 else -1
 
 
 @dataclass(frozen=True)

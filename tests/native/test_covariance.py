@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from dynrun.llamacpp.graph import Activation, LayerOutput, WatchInputs
 from dynrun.llamacpp.library import GgmlTensor
 from dynrun.models import open_reference
 from tests.tiny import write_tiny_llama
+from tests.tiny_shared import write_tiny_shared
 
 pytestmark = pytest.mark.native
 N_CTX = 64
@@ -132,6 +134,25 @@ def test_further_passes_go_on_from_the_layer_before_theirs(tmp_path: Path, n_exp
         assert "result_norm" not in asked[:first], "nothing is computed behind what is wanted"
         assert asked[-1] == last
         assert not [name for name in asked[first:] if name.endswith(("-0", "-1"))], "nor what was computed before"
+
+
+def test_no_pass_goes_on_behind_layers_whose_caches_it_reads(tmp_path: Path) -> None:
+    what = job(tmp_path, 8)
+    what = replace(what, reference=open_reference(str(write_tiny_shared(tmp_path / "shared.gguf", n_block=6))))
+    with what.engine() as engine:
+        widths = {name: (engine.weights[name].shape[0], n) for name, n in inputs_of(engine).items()}
+        passes = plan_passes(widths, one_bytes(256))
+        chain = relays(engine, passes, what.batches[0], tmp_path / "layers")
+    starts = {block_and_kind(units[0].input)[0]: relay.start for units, relay in zip(passes, chain, strict=True)}
+    # Blocks 4 and 5 read the caches of 2 and 3; the output's input is that of no block.
+    assert starts == {0: None, 1: 0, 2: 1, 3: 2, 4: None, 5: None, None: 5}
+    once = make_covariance(what).covariance
+    before = {name: once.matrix(name) for name in once.input_of}
+    shutil.rmtree(what.folder("covariance").path)
+    many = make_covariance(replace(what, settings=replace(what.settings, memory=one_bytes(256))))
+    assert many.n_passes == len(passes)
+    for name, matrix in before.items():
+        assert np.array_equal(many.covariance.matrix(name), matrix), name
 
 
 @contextmanager

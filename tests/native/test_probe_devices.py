@@ -48,11 +48,11 @@ def imatrix(model: Path) -> Path:
     return path
 
 
-def sweep(model: Path, imatrix: Path, device: str) -> tuple[bool, list[Probe]]:
+def sweep(model: Path, imatrix: Path, device: str) -> tuple[int, list[Probe]]:
     quantizer = Quantizer(WeightFile(model), read_imatrix(imatrix), 2)
     with Engine.open(model, n_ctx=64, n_threads=2, device=device) as engine:
         sweep = Sweep(engine, quantizer, SEQUENCES)
-        return sweep.reuses, [sweep.run(job) for job in JOBS]
+        return sweep.furthest, [sweep.run(job) for job in JOBS]
 
 
 def pooled(
@@ -101,8 +101,8 @@ def test_probes_over_rpc_equal_local_ones(tied: bool, imatrix: Path, tmp_path: P
     model = write_tiny_llama(tmp_path / "tiny.gguf", tied=tied)
     _, local = sweep(model, imatrix, "CPU")
     with rpc_server(tmp_path / "log") as (device, _):
-        reuses, remote = sweep(model, imatrix, device)
-    assert reuses
+        furthest, remote = sweep(model, imatrix, device)
+    assert furthest == 0
     for here, there in zip(local, remote, strict=True):
         assert there.klds == pytest.approx(here.klds, rel=1e-4)
         assert min(there.klds) > 1e-6

@@ -24,6 +24,7 @@ from dynrun.sensitivity.errors import Quantizer
 from dynrun.sensitivity.in_place import InPlace, quantized, stored_as
 from dynrun.sensitivity.sweep import Job, LocalProbes, Sweep
 from tests.tiny import write_tiny_llama
+from tests.tiny_shared import write_tiny_shared
 
 pytestmark = pytest.mark.native
 TOKENS = (5, 70, 71, 200, 9, 33, 120, 121, 4, 4, 250, 17, 60, 61, 62, 63)
@@ -80,7 +81,7 @@ def coarse(world: World, type_name: str = "Q3_K") -> dict[str, str]:
 
 def test_a_probe_of_any_tensor_is_a_full_decode_with_it_replaced(world: World) -> None:
     before, sweep = world.logits(), Sweep(world.engine, world.quantizer, SEQUENCES)
-    assert sweep.reuses
+    assert sweep.furthest == 0
     for name in quantizable(world.engine.header):
         probe = sweep.run(Job("one", {name: "Q3_K"}, 0, 3))
         by_hand = world.quantizer.replacement(name, "Q3_K")
@@ -89,6 +90,24 @@ def test_a_probe_of_any_tensor_is_a_full_decode_with_it_replaced(world: World) -
         assert min(probe.klds) > 1e-6
         assert probe.errors == [by_hand.error]
         assert probe.weights == [16, 16, 7]
+
+
+@pytest.mark.parametrize(("n_block", "n_shared", "furthest"), [(4, 2, -1), (6, 2, 1), (4, 0, 2)])
+def test_layers_whose_caches_are_read_later_are_not_left_out(
+    tmp_path: Path, n_block: int, n_shared: int, furthest: int
+) -> None:
+    path = write_tiny_shared(tmp_path / "shared.gguf", n_block=n_block, n_shared=n_shared)
+    write_tiny_imatrix(path, tmp_path / "imatrix.gguf")
+    quantizer = Quantizer(WeightFile(path), read_imatrix(tmp_path / "imatrix.gguf"), 2)
+    with Engine.open(path, n_ctx=64, n_threads=2) as engine:
+        world = World("shared", path, engine, quantizer)
+        before, sweep = world.logits(), Sweep(engine, quantizer, SEQUENCES)
+        assert sweep.furthest == furthest
+        for name in (f"blk.{block}.ffn_down.weight" for block in range(n_block)):
+            probe = sweep.run(Job("one", {name: "Q3_K"}, 0, 3))
+            with engine.replaced(name, by_hand(world, name, "Q3_K")):
+                assert probe.klds == pytest.approx(world.kld(before), rel=1e-5, abs=EXACT)
+            assert min(probe.klds) > 1e-6
 
 
 def test_tensors_of_a_job_are_replaced_together(world: World) -> None:
