@@ -15,7 +15,7 @@ from dynrun.hub import cache
 from dynrun.hub.errors import errors_for_people
 from dynrun.hub.files import RemoteFile, amount
 from dynrun.hub.http import CONNECT_S
-from dynrun.hub.part import Part, forget_note, stale_parts
+from dynrun.hub.part import NOTE_SUFFIX, Part, forget_note, stale_parts
 from dynrun.hub.repository import fetch_repository
 from dynrun.hub.source import ChangedError
 from dynrun.hub.transfer import Progress, Transfer, TransferSettings
@@ -141,7 +141,7 @@ def _ask(file: RemoteFile, settings: TransferSettings) -> None:
 def _drop_stale(file: RemoteFile, say: Callable[[str], None]) -> None:
     """Remove what had come of an earlier version of ``file``: no byte of it is known to be in this one."""
     stale = stale_parts(cache.blob_path(file).parent, file.path, file.etag)
-    if stale:
+    if any(path.stat().st_size for path in stale if not path.name.endswith(NOTE_SUFFIX)):
         say(f"{file.path} is another file on the Hub since it was begun; it is fetched from the start")
     for path in stale:
         path.unlink(missing_ok=True)
