@@ -1,6 +1,6 @@
 """What statistics and rounding with feedback cost beside llama-imatrix and llama-quantize: time, and peak memory.
 
-usage: .venv/bin/python benchmarks/feedback_cost.py MODEL SCHEME --text FILE [--tokens 32768] [--memory 4G] [--out DIR]
+usage: .venv/bin/python benchmarks/feedback_cost.py MODEL SCHEME --text FILE [--tokens N] [--memory SIZE] [--out DIR]
 
 One after another, each from nothing and in processes of its own, with the same number of tokens and threads:
 llama-imatrix on FILE (-c 512, output.weight too, no perplexity), llama-quantize to the types of SCHEME with that
@@ -69,7 +69,7 @@ def ours(options: argparse.Namespace, folder: Path) -> Cost:
     (folder / "cache" / "builds").symlink_to((cache_dir() / "builds").resolve())
     dynrun = Path(sys.executable).with_name("dynrun")
     command = [dynrun, "quantize", options.model, options.scheme, "--feedback", "-o", "ours.gguf"]
-    command += ["--tokens", str(options.tokens), "--memory", options.memory]
+    command += ["--tokens", str(options.tokens), *(["--memory", options.memory] if options.memory else [])]
     return measure(command, folder, DYNRUN_CACHE=str(folder / "cache"))
 
 
@@ -80,8 +80,8 @@ def main() -> None:
     parser.add_argument("scheme", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--memory", default="4G")
-    parser.add_argument("--out", type=Path, help="where the files may be kept while it runs")
+    parser.add_argument("--memory")
+    parser.add_argument("--out", type=Path, help="where its files lie while it runs")
     options = parser.parse_args()
     options.model, options.scheme, options.text = (x.resolve() for x in (options.model, options.scheme, options.text))
     with tempfile.TemporaryDirectory(dir=options.out) as temporary:

@@ -15,7 +15,7 @@ from typing import Any
 
 from dynrun.artifacts import Outcome, StageFolder, run_stage, sha256_file, stage_folder
 from dynrun.calibration.collect import Batch, Checkpoint, Pass, SquareSums, inputs_of, run_pass
-from dynrun.calibration.covariance import Covariance, CovarianceSums, Unit, is_written, plan_passes
+from dynrun.calibration.covariance import Covariance, CovarianceSums, Unit, is_written, one_bytes, plan_passes
 from dynrun.calibration.experts import coverage, shrink_experts
 from dynrun.calibration.imatrix import load_imatrix, merge, missing_entries, read_imatrix, write_imatrix
 from dynrun.calibration.relay import Relay, relays
@@ -35,7 +35,8 @@ _COVARIANCE_REVISION = 1
 # Sequences that share a batch: recurrent models keep a state for each.
 _N_SEQ_MAX = 16
 _BATCH_TOKENS = 512
-_COVARIANCE_MEMORY = 4 * 10**9
+# With the gigabyte that torch, and llama.cpp beside the weights, take of their own, less than 4 GB.
+_COVARIANCE_MEMORY = 25 * 10**8
 Progress = Callable[[float, float, str], None]
 
 
@@ -183,13 +184,14 @@ def make_covariance(job: Job) -> CovarianceStage:
     """Σxxᵀ of every input, or find it; the imatrix too, from the same pass, where it is not there yet.
 
     ``settings.memory`` bounds what is summed at once: more passes where not all fits. Raises DoesNotFitError
-    where one matrix is larger than that.
+    where one matrix is larger than that; without it one always fits.
     """
 
     def work(folder: StageFolder) -> Mapping[str, Any]:
         with job.engine() as engine:
             widths = {name: (engine.weights[name].shape[0], n) for name, n in inputs_of(engine).items()}
-            passes = plan_passes(widths, job.settings.memory or _COVARIANCE_MEMORY)
+            least = max(one_bytes(n) for n, _ in widths.values())
+            passes = plan_passes(widths, job.settings.memory or max(_COVARIANCE_MEMORY, least))
             chain = relays(engine, passes, job.batches[0], folder / _RELAY_FOLDER)
             speeds = [_covariance_pass(job, engine, *one, folder) for one in zip(passes, chain, strict=True)]
             input_of = dict(engine.input_of)

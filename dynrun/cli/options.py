@@ -85,8 +85,8 @@ Memory = Annotated[
     typer.Option(
         "--memory",
         metavar="SIZE",
-        help="For the statistics and for rounding, beside the weights: in more passes where not all fits (default: 4G "
-        "for statistics, what one tensor takes for rounding).",
+        help="For the statistics and for rounding, beside the weights: in more passes where not all fits (default: "
+        "2.5G for statistics, or what one matrix takes; what one tensor takes for rounding).",
     ),
 ]
 ChatTemplate = Annotated[

@@ -206,6 +206,12 @@ def test_memory_for_not_even_one_matrix_is_said_before_anything_is_decoded(tmp_p
         make_covariance(job(tmp_path, memory=1000))
 
 
+def test_one_matrix_always_fits_unless_memory_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynrun.calibration.stage._COVARIANCE_MEMORY", 1000)
+    # As much as the widest takes, the ffn_down of a block: for that alone, or the three other inputs of a block.
+    assert make_covariance(job(tmp_path, 8)).n_passes == 5
+
+
 def test_the_imatrix_is_the_same_with_and_without_a_covariance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     what = job(tmp_path, n_expert=4)
     alone = make_imatrix(what).path.read_bytes()
