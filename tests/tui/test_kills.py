@@ -65,7 +65,7 @@ def test_of_the_app_during_a_download(hub: Hub, tmp_path: Path) -> None:
         shown.shows(r" [1-9]\d?%  [\d.]+ .B of 2.7 MB")
         # A killed download loses the last moment: what is not noted yet.
         notes = Path(os.environ["HF_HOME"])
-        shown.until(lambda: list(notes.rglob(f"*{NOTE_SUFFIX}")), "the note of what has come")
+        shown.until(lambda: any(noted(path) for path in notes.rglob(f"*{NOTE_SUFFIX}")), "the note of what has come")
         child(shown, "dynrun").kill()
         shown.shows("exit 137")
     assert unfinished() == ["o/tiny-GGUF:F16"]
@@ -83,6 +83,11 @@ def test_of_the_app_during_a_download(hub: Hub, tmp_path: Path) -> None:
     sent = sum(served.sent for served in hub.served if served.path == "tiny-F16.gguf")
     assert sent < (tmp_path / "served" / "tiny-F16.gguf").stat().st_size, "what had come was not sent again"
     assert unfinished() == []
+
+
+def noted(note: Path) -> bool:
+    """Whether it names any bytes."""
+    return bool(json.loads(note.read_text(encoding="utf-8"))["done"])
 
 
 def test_of_the_app_during_a_make(tmp_path: Path, private_cache: Path) -> None:
