@@ -16,13 +16,16 @@ N_VOCAB, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, N_WINDOW = 320, 256, 256, 4, 2, 8
 N_HEAD_DIM = N_EMBD // N_HEAD
 
 
-def write_tiny_shared(path: Path, *, n_block: int = 4, n_shared: int = 2, seed: int = 0) -> Path:
-    """Write an F16 model whose last ``n_shared`` blocks share; the same arguments, the same bytes."""
+def write_tiny_shared(path: Path, *, n_block: int = 4, n_shared: int = 2, n_per_layer: int = 0, seed: int = 0) -> Path:
+    """Write an F16 model whose last ``n_shared`` blocks share; the same arguments, the same bytes.
+
+    With ``n_per_layer`` every block adds so many values of a token's own, as those of E2B and E4B do.
+    """
     writer = GGUFWriter(path, "gemma4")
     writer.add_block_count(n_block)
     writer.add_context_length(2048)
     writer.add_embedding_length(N_EMBD)
-    writer.add_embedding_length_per_layer_input(0)
+    writer.add_embedding_length_per_layer_input(n_per_layer)
     writer.add_feed_forward_length(N_FF)
     writer.add_head_count(N_HEAD)
     writer.add_head_count_kv(N_HEAD_KV)
@@ -38,17 +41,23 @@ def write_tiny_shared(path: Path, *, n_block: int = 4, n_shared: int = 2, seed: 
     _add_tokenizer(writer, N_VOCAB, CHAT_TEMPLATE)
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (N_VOCAB, N_EMBD), "output_norm": (N_EMBD,)}
     shapes["rope_freqs"] = (N_HEAD_DIM // 2,)
+    if n_per_layer:
+        shapes |= {"per_layer_token_embd": (N_VOCAB, n_per_layer * n_block), "per_layer_proj_norm": (n_per_layer,)}
+        shapes["per_layer_model_proj"] = (n_per_layer * n_block, N_EMBD)
     for block in range(n_block):
-        shapes |= {f"blk.{block}.{name}": shape for name, shape in _block(has_kv=block < n_block - n_shared).items()}
+        own = _block(has_kv=block < n_block - n_shared, n_per_layer=n_per_layer)
+        shapes |= {f"blk.{block}.{name}": shape for name, shape in own.items()}
     _write(writer, shapes, seed)
     return path
 
 
-def _block(*, has_kv: bool) -> dict[str, tuple[int, ...]]:
+def _block(*, has_kv: bool, n_per_layer: int) -> dict[str, tuple[int, ...]]:
     n_kv = N_HEAD_KV * N_HEAD_DIM
     norms = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(norms, (N_EMBD,))
     shapes |= {"attn_q": (N_EMBD, N_EMBD), "attn_q_norm": (N_HEAD_DIM,), "attn_output": (N_EMBD, N_EMBD)}
     if has_kv:
         shapes |= {"attn_k": (n_kv, N_EMBD), "attn_v": (n_kv, N_EMBD), "attn_k_norm": (N_HEAD_DIM,)}
+    if n_per_layer:
+        shapes |= {"inp_gate": (n_per_layer, N_EMBD), "proj": (N_EMBD, n_per_layer), "post_norm": (N_EMBD,)}
     return shapes | {"ffn_gate": (N_FF, N_EMBD), "ffn_up": (N_FF, N_EMBD), "ffn_down": (N_EMBD, N_FF)}
