@@ -101,8 +101,8 @@ def can_go_on(engine: Engine, layer: int, inputs: Collection[str], batch: Sequen
     whole, kept = _seen(engine, short, inputs, keep=layer)
     if kept is None:
         return False
-    # What it left in the caches is overwritten, or it would be found there.
-    engine.watch_inputs([[(token + 1) % engine.n_vocab for token in tokens] for tokens in short], lambda _: None)
+    # Or what it left in the caches would be found there.
+    engine.forget(erase=True)
     again, _ = _seen(engine, short, inputs, start=kept)
     return len(whole) == len(again) and all(map(_same, whole, again))
 

@@ -169,9 +169,9 @@ class Engine(Vocabulary):
             if wanted:
                 yield self._rows(len(wanted))
 
-    def forget(self) -> None:
-        """Empty the memory of all sequences."""
-        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)
+    def forget(self, *, erase: bool = False) -> None:
+        """Empty the memory of all sequences; with ``erase`` what layers read that share another's cache is zero too."""
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), erase)
 
     def extend(self, pieces: Sequence[Piece]) -> Logits:
         """Go on from what is in memory; logits of all pieces' outputs, in order.

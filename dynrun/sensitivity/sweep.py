@@ -106,8 +106,8 @@ class Sweep:
         changed = self.quantizer.weights.rows(name) * np.float32(1.02)
         with self.engine.replaced(name, encode(changed, stored_as(self.engine, name) or "")):
             whole = self.engine.logits(prefix.tokens, prefix.outputs)
-            # What it left in the caches is overwritten, or it would be found there.
-            self.engine.logits([(token + 1) % self.engine.n_vocab for token in prefix.tokens], (0,))
+            # Or what it left in the caches would be found there.
+            self.engine.forget(erase=True)
             resumed = self.engine.resume(prefix, layer)
         return bool(divergence(whole, resumed).kld.max() < 1e-9)
 
