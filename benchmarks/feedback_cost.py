@@ -69,7 +69,9 @@ def ours(options: argparse.Namespace, folder: Path) -> Cost:
     (folder / "cache" / "builds").symlink_to((cache_dir() / "builds").resolve())
     dynrun = Path(sys.executable).with_name("dynrun")
     command = [dynrun, "quantize", options.model, options.scheme, "--feedback", "-o", "ours.gguf"]
-    command += ["--tokens", str(options.tokens), *(["--memory", options.memory] if options.memory else [])]
+    command += ["--tokens", str(options.tokens)]
+    if options.memory:
+        command += ["--memory", options.memory]
     return measure(command, folder, DYNRUN_CACHE=str(folder / "cache"))
 
 
