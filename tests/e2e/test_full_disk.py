@@ -6,16 +6,15 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dynrun.hub.files import RemoteFile
 from dynrun.hub.part import Part
-from tests.commands import ARGV, Ran, dynrun
+from tests.commands import Ran, dynrun
+from tests.filling import fill
 from tests.hub_server import Fault, Hub, serving
 from tests.tiny import write_tiny_llama
 
@@ -44,30 +43,17 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def fill(disk: Path) -> None:
-    """Take all the room that there is, whoever else is writing."""
-    with (disk / "ballast").open("ab", buffering=0) as stream, suppress(OSError):
-        while stream.write(bytes(1 << 16)):
-            pass
-
-
 def make_room(disk: Path) -> None:
     (disk / "ballast").unlink()
 
 
-def filled(disk: Path, when: Callable[[str], bool], *arguments: str | Path) -> Ran:
-    """Run a command on ``disk``, which fills up as soon as ``when`` is true of what the command has said so far."""
-    said, full = disk.with_name("said.txt"), False
-    with said.open("wb") as stream:
-        argv, environment = [*ARGV, *map(str, arguments)], {**os.environ, **on(disk)}
-        process = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
-    while process.poll() is None:
-        if not full and when(said.read_text()):
-            fill(disk)
-            full = True
-        time.sleep(0.001)
-    assert full, said.read_text()
-    return Ran(process.returncode, "", said.read_text())
+def filled(disk: Path, when: str, *arguments: str | Path) -> Ran:
+    """Run a command on ``disk``, which fills up as soon as it says a line, or makes a file, that ``when`` matches."""
+    argv = [sys.executable, "-m", "tests.filling", disk, when, *arguments]
+    environment = {**os.environ, **on(disk)}
+    done = subprocess.run(argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert (disk / "ballast").exists(), done.stderr
+    return Ran(done.returncode, done.stdout, done.stderr)
 
 
 def on(disk: Path) -> dict[str, str]:
@@ -98,7 +84,7 @@ def test_at_every_stage_of_make(tiny: Path, disk: Path, tmp_path: Path) -> None:
     assert undisturbed.exit_code == 0, undisturbed.stderr
     wanted = results(tmp_path)
     for stage in STAGES:
-        ran = filled(disk, lambda said, stage=stage: f"\n{stage}: " in f"\n{said}", *argv, disk / "made.gguf")
+        ran = filled(disk, f"^{stage}: ", *argv, disk / "made.gguf")
         check_full(ran, disk, wanted)
         make_room(disk)
     again = dynrun(*argv, disk / "made.gguf", env=on(disk))
@@ -109,8 +95,8 @@ def test_at_every_stage_of_make(tiny: Path, disk: Path, tmp_path: Path) -> None:
 def test_in_an_evaluation(tiny: Path, disk: Path, tmp_path: Path) -> None:
     argv = ("eval", "kld", tiny, tiny, "--tokens", "4096", "--ctx", "128", "--json")
     undisturbed = dynrun(*argv, env=on(tmp_path)).stdout
-    for written in ("reference/*/*.npy", "kld/*/*.npz"):
-        ran = filled(disk, lambda _, written=written: any(disk.glob(f"cache/stages/{written}")), *argv)
+    for written in (r"/stages/reference/.*\.npy$", r"/stages/kld/.*\.npz$"):
+        ran = filled(disk, written, *argv)
         check_full(ran, disk, {})
         make_room(disk)
     assert dynrun(*argv, env=on(disk)).stdout == undisturbed
