@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dynrun.gguf.quantizable import quantizable
 from dynrun.llamacpp import tools
 from dynrun.report.folder import read_report
 from dynrun.scheme import Scheme, read_scheme
-from tests.commands import ARGV, dynrun
+from tests.commands import dynrun
 from tests.tiny import write_tiny_llama
 
 pytestmark = pytest.mark.e2e
@@ -99,19 +100,10 @@ def test_make_works_on_any_llama(tmp_path: Path, n_expert: int, wanted: Sequence
         assert ran.json["baseline"]["size_bytes"] <= 5.5 * read_header(model).n_elements / 8
 
 
-def kill_at(argv: Sequence[str], seconds: float) -> bool:
-    """Start a command and SIGKILL it after ``seconds``; whether it was still running. No child may outlive it."""
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        _, alive = psutil.wait_procs(children, timeout=30)
-        assert not alive
-        return True
-    return False
+def left_of(folder: Path) -> list[psutil.Process]:
+    """Running programs that were given a file in ``folder``."""
+    found = psutil.process_iter(["cmdline"])
+    return [one for one in found if any(str(folder) in word for word in one.info["cmdline"] or ())]
 
 
 def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(
@@ -123,8 +115,13 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(
     monkeypatch.setenv("DYNRUN_CACHE", str(tmp_path / "killed"))
     chance = random.Random(2)  # noqa: S311
     out = tmp_path / "killed.gguf"
-    killed = sum(kill_at([*ARGV, *arguments, str(out)], chance.uniform(0.3, 6.0)) for _ in range(8))
-    assert killed >= 2
+    # Of the 800 times that a whole run writes or renames something.
+    for moment in (chance.randint(10, 120) for _ in range(8)):
+        argv = [sys.executable, "-m", "tests.disturbed", f"kill:{moment}", "/stages/|/killed[.]", *arguments, str(out)]
+        killed = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        _, alive = psutil.wait_procs(left_of(tmp_path), timeout=30)
+        assert not alive
     assert dynrun(*arguments, out).exit_code == 0
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert out.with_suffix(".scheme.toml").read_text() == (tmp_path / "whole.scheme.toml").read_text()

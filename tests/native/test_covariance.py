@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -223,16 +224,17 @@ def test_the_imatrix_is_the_same_with_and_without_a_covariance(tmp_path: Path, m
 
 
 _PROGRAM = """
-import sys, time
+import os, signal, sys
 from pathlib import Path
 from tests.native.test_covariance import job
 from dynrun.calibration.stage import make_covariance, make_imatrix
 from dataclasses import replace
 what = job(Path(sys.argv[1]), 400, n_expert=4, checkpoint_s=0.0)
-def slowly(done, total, note):
+def until_killed(done, total, note):
     print(int(done), flush=True)
-    time.sleep(0.02)
-what = replace(what, progress=slowly, settings=replace(what.settings, memory=int(sys.argv[3]) or None))
+    if done >= int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+what = replace(what, progress=until_killed, settings=replace(what.settings, memory=int(sys.argv[3]) or None))
 make_covariance(what) if sys.argv[2] == "covariance" else make_imatrix(what)
 """
 
@@ -246,16 +248,10 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(
     whole = files(what, stage)
     monkeypatch.setenv("DYNRUN_CACHE", str(tmp_path / "killed"))
     for least in (5000, 11000):
-        child = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(tmp_path), stage, str(memory)], stdout=subprocess.PIPE, text=True
-        )
-        assert child.stdout is not None
-        seen = [int(next(child.stdout))]
-        while seen[-1] < least:
-            seen.append(int(next(child.stdout)))
-        child.kill()
-        child.wait()
-        child.stdout.close()
+        argv = [sys.executable, "-c", _PROGRAM, str(tmp_path), stage, str(memory), str(least)]
+        killed = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        seen = list(map(int, killed.stdout.split()))
         assert not what.folder(stage).complete
         # The second run went on from where the first one's last checkpoint was.
         assert (seen[0] > 600) is (least == 11000)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +37,16 @@ PROMPTS = (
     Prompt("how", "code", "en", "How do I sort a list?", thinking=False),
 )
 SETTINGS = GenerationSettings(n_parallel=3, max_answer_tokens=24, n_ctx=256)
-# A process of its own, for tests that kill it.
+# A process that kills itself after four answers, once it has said which servers it has.
 CHILD = """
-import sys
+import os, signal, sys
 from pathlib import Path
-from tests.native.test_generated import ask
-ask(Path(sys.argv[1]), n_tokens=int(sys.argv[2]))
+from tests.native.test_generated import ask, journals, lines, servers
+def until_killed(*_):
+    if len(lines(next(journals()))) >= 4:
+        print(*(server.pid for server in servers()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+ask(Path(sys.argv[1]), n_tokens=1000, progress=until_killed)
 """
 
 
@@ -67,6 +69,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Slow enough to be interrupted."""
     return write_tiny_llama(tmp_path_factory.mktemp("slow") / "slow.gguf", n_embd=1024, n_ff=4096, n_block=4)
+
+
+def journals() -> Iterator[Path]:
+    """Answers of runs that have not come to their end."""
+    return stages_dir().glob("generated/*/answers.jsonl")
+
+
+def servers() -> list[psutil.Process]:
+    """This process's."""
+    return [child for child in psutil.Process().children() if child.name() == "llama-server"]
 
 
 def test_rounds_go_on_until_there_are_enough_tokens(model: Path) -> None:
@@ -103,15 +115,14 @@ def test_a_transcript_is_found_again_without_a_server(model: Path) -> None:
 
 
 def test_a_killed_run_goes_on_where_it_was(slow_model: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(slow_model), "1000"])
-    journal = wait_for(lambda: next(stages_dir().glob("generated/*/answers.jsonl"), None))
-    wait_for(lambda: len(lines(journal)) >= 4)
-    servers = [p for p in psutil.Process(child.pid).children() if p.name() == "llama-server"]
-    child.kill()
-    child.wait()
-    assert servers
-    psutil.wait_procs(servers, timeout=30)
-    assert not any(server.is_running() for server in servers)
+    argv = [sys.executable, "-c", CHILD, str(slow_model)]
+    killed = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    pids = set(map(int, killed.stdout.split()))
+    assert pids
+    _, alive = psutil.wait_procs([one for one in psutil.process_iter() if one.pid in pids], timeout=30)
+    assert not alive
+    (journal,) = journals()
     before = lines(journal)
     made = ask(slow_model, n_tokens=1000)
     assert set(before) <= set(lines(made.path))
@@ -119,25 +130,15 @@ def test_a_killed_run_goes_on_where_it_was(slow_model: Path) -> None:
     assert not journal.exists()
 
 
-def wait_for(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise TimeoutError("nothing came")
-
-
 def test_a_server_that_dies_amid_answers_is_named_with_its_cause_and_the_answers_are_kept(slow_model: Path) -> None:
     def kill(*_: Any) -> None:
-        for child in psutil.Process().children():
-            if child.name() == "llama-server":
-                os.kill(child.pid, signal.SIGKILL)
+        for server in servers():
+            server.kill()
 
     with pytest.raises(ServerOutOfMemoryError, match=r"died: .*SIGKILL") as caught:
         ask(slow_model, n_tokens=400, progress=kill)
     assert "\n" not in str(caught.value)
-    kept = lines(next(stages_dir().glob("generated/*/answers.jsonl")))
+    kept = lines(next(journals()))
     assert kept
     assert set(kept) <= set(lines(ask(slow_model, n_tokens=400).path))
 
