@@ -6,6 +6,7 @@ output, Σ (x·(w−q))², on rows x that no covariance has seen. Rounds no whol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -41,10 +42,12 @@ def strength_of(source: Source, rounder: Rounder, name: str) -> float:
     if len(ordered) == 1 or sum(len(source.held_out(name, expert)) for expert in experts) < _ENOUGH:
         return ordered[len(ordered) // 2]
 
+    width = TENSOR_TYPES[type_name].block_size
+
     @cache
     def error(at: int) -> float:
-        strength = ordered[at]
-        return sum(_error(source, rounder, name, expert, type_name, strength, sweeps=0) for expert in experts)
+        trials = (_Trial(source, rounder, name, expert, ordered[at], width) for expert in experts)
+        return sum(trial.error(type_name, sweeps=0) for trial in trials)
 
     # Downhill from the second: each takes a decomposition of n³/3 products. Of demo's 120 inputs 110 get the best of
     # all so, the others one whose error is 0.5 to 5% larger.
@@ -55,35 +58,49 @@ def strength_of(source: Source, rounder: Rounder, name: str) -> float:
     return ordered[best]
 
 
-def choose(source: Source, rounder: Rounder, name: str, type_name: str, strength: float) -> Choice:
-    """What feedback of ``strength`` gives a tensor in a type; plain rounding where that is no worse."""
-    plain = with_feedback = 0.0
-    for expert in (experts := source.most_seen(name, source.settings.n_experts)):
-        plain += _plain_error(source, name, expert, type_name)
-        with_feedback += _error(source, rounder, name, expert, type_name, strength, sweeps=source.settings.sweeps)
+def choose(source: Source, rounder: Rounder, name: str, types: Sequence[str], strength: float) -> list[Choice]:
+    """What feedback of ``strength`` gives a tensor in each of ``types``; plain rounding where that is no worse."""
+    experts = source.most_seen(name, source.settings.n_experts)
+    plain, with_feedback = dict.fromkeys(types, 0.0), dict.fromkeys(types, 0.0)
+    for expert in experts:
+        # Types of one width share a factor.
+        for width in sorted({TENSOR_TYPES[type_name].block_size for type_name in types}):
+            its = [type_name for type_name in types if TENSOR_TYPES[type_name].block_size == width]
+            trial = _Trial(source, rounder, name, expert, strength, width)
+            for type_name, found in zip(its, rounder.each(trial.errors, its), strict=True):
+                plain[type_name] += found[0]
+                with_feedback[type_name] += found[1]
     if not experts:
-        return Choice(strength, 1.0)
-    return Choice(strength, with_feedback / plain) if with_feedback < plain else PLAIN
+        return [Choice(strength, 1.0) for _ in types]
+    return [
+        Choice(strength, with_feedback[one] / plain[one]) if with_feedback[one] < plain[one] else PLAIN for one in types
+    ]
 
 
 def _fast_type(source: Source, name: str) -> str:
     return "Q3_K" if TENSOR_TYPES["Q3_K"].fits(source.weights.header.tensors[name].shape[0]) else "Q4_0"
 
 
-def _error(
-    source: Source, rounder: Rounder, name: str, expert: int, type_name: str, strength: float, *, sweeps: int
-) -> float:
-    rows = source.some(name, expert, source.settings.n_rows)
-    factor = source.factor(name, expert, strength, TENSOR_TYPES[type_name].block_size)
-    _, values = rounder.round(rows, factor, type_name, source.importance(name, expert), sweeps=sweeps)
-    return output_error(source.held_out(name, expert), rows - values)
+class _Trial:
+    """Some rows of an expert's matrix, rounded in types of one width."""
 
+    def __init__(self, source: Source, rounder: Rounder, name: str, expert: int, strength: float, width: int) -> None:
+        self._rounder, self._sweeps = rounder, source.settings.sweeps
+        self._rows = source.some(name, expert, source.settings.n_rows)
+        self._factor = source.factor(name, expert, strength, width)
+        self._importance, self._held_out = source.importance(name, expert), source.held_out(name, expert)
 
-def _plain_error(source: Source, name: str, expert: int, type_name: str) -> float:
-    rows = source.some(name, expert, source.settings.n_rows)
-    library, type_id, importance = ggml(), TENSOR_TYPES[type_name].ggml_id, source.importance(name, expert)
-    library.ggml_quantize_init(type_id)
-    return output_error(source.held_out(name, expert), rows - library.round_trip(type_id, rows, importance))
+    def errors(self, type_name: str) -> tuple[float, float]:
+        """Of the output, on held-out rows of the input: rounded plainly, and with feedback."""
+        library, type_id = ggml(), TENSOR_TYPES[type_name].ggml_id
+        library.ggml_quantize_init(type_id)
+        plain = library.round_trip(type_id, self._rows, self._importance)
+        return output_error(self._held_out, self._rows - plain), self.error(type_name, self._sweeps)
+
+    def error(self, type_name: str, sweeps: int) -> float:
+        """With feedback."""
+        _, values = self._rounder.round(self._rows, self._factor, type_name, self._importance, sweeps=sweeps)
+        return output_error(self._held_out, self._rows - values)
 
 
 def output_error(x: Rows, error: Rows) -> float:

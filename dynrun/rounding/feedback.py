@@ -7,10 +7,10 @@ its targets, W + E·V (factor.py); within them the codes are chosen again, group
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from dynrun.gguf.tensor_types import TENSOR_TYPES
 from dynrun.llamacpp.library import ggml
 from dynrun.rounding.descent import descend
 from dynrun.rounding.factor import Factor
+from dynrun.rounding.formats import open_codes, width_of
+from dynrun.rounding.threads import Threads
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +29,12 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 # Columns whose feedback to later ones is one matrix product instead of one per column.
 _LAZY = 32
+# Rows that one thread does at a time, about; of fewer, what Python takes for a column is as long as the arithmetic.
+_GROUP = 768
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,74 @@ class _Slab:
         return self.data if self.codes is None else self.codes.data()
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """What the slab ``here`` is rounded with: V of the columns done before [done, width], none of the first slab;
+    (I+V) and D in itself (:func:`blocks`), none where its codes stay; what ggml weighs errors with [width]."""
+
+    here: slice
+    between: torch.Tensor | None
+    within: tuple[torch.Tensor, torch.Tensor] | None
+    importance: Rows | None
+
+
+class _Group:
+    """Some rows of a matrix, rounded slab by slab: ``weights`` and their errors [n, n_rows], columns in the order of
+    the factor."""
+
+    def __init__(self, type_name: str, weights: torch.Tensor) -> None:
+        import torch
+
+        self.type_name, self.weights, self.errors = type_name, weights, torch.zeros_like(weights)
+        self.slabs: list[_Slab] = []
+
+    def round(self, columns: _Columns) -> None:
+        """Do the next slab."""
+        import torch
+
+        here, done = columns.here, columns.here.start
+        target = self.weights[here]
+        if columns.between is not None:
+            target = torch.addmm(target, columns.between.T, self.errors[:done])
+        slab, values = self._slab(target, columns)
+        self.errors[here] = self.weights[here] - values
+        self.slabs.append(slab)
+
+    def _slab(self, target: torch.Tensor, columns: _Columns) -> tuple[_Slab, torch.Tensor]:
+        """A slab [width, n_rows] by ggml, its codes chosen again with feedback where it has one; its values."""
+        import torch
+
+        type_id, (width, n_rows), device = TENSOR_TYPES[self.type_name].ggml_id, target.shape, str(target.device)
+        rows = np.ascontiguousarray(target.T.cpu().numpy())
+        data = ggml().quantize(type_id, rows, columns.importance).reshape(n_rows, -1)
+        if columns.within is not None:
+            codes = open_codes(self.type_name, data, n_rows, width, device)
+            assert codes is not None
+            return _Slab(data, codes), choose_codes(codes, target, *columns.within)
+        values = ggml().dequantize(type_id, data, n_rows, width)
+        return _Slab(data), torch.from_numpy(np.ascontiguousarray(values.T)).to(device)
+
+    def descend(self, h: torch.Tensor, sweeps: int) -> None:
+        """Choose the codes of all slabs again, where they are open."""
+        opened = [slab.codes for slab in self.slabs if slab.codes is not None]
+        for _ in range(sweeps if opened else 0):
+            descend(opened, self.weights, self.errors, h)
+
+    def data(self, order: npt.NDArray[np.int64]) -> Bytes:
+        """The rows' bytes."""
+        return _in_place([slab.packed() for slab in self.slabs], order, TENSOR_TYPES[self.type_name].block_size)
+
+
 class Rounder:
-    """Rounds matrices with error feedback, ggml's part of the work on ``n_threads`` threads."""
+    """Rounds matrices with error feedback on ``n_threads`` threads: groups of rows, and several matrices at once."""
 
     def __init__(self, n_threads: int, device: str = "cpu") -> None:
-        self._pool, self._n_threads, self.device = ThreadPoolExecutor(n_threads), n_threads, device
-        self._ggml = ggml()
+        self.n_threads, self.device = n_threads if device == "cpu" else 1, device
+        self._threads, self._callers = Threads(self.n_threads), Threads(self.n_threads)
+
+    def each(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+        """Results of a ``function`` that rounds, in the order of ``items``."""
+        return self._callers.map(function, items)
 
     def round(
         self,
@@ -64,61 +132,32 @@ class Rounder:
         ``importance`` [n] is what ggml weighs squared errors with while it searches scales. Without ``within`` a slab's
         codes stay as ggml chose them; with it they are chosen again in ``sweeps`` sweeps (descent.py).
         """
-        import torch
-
-        kind, n = TENSOR_TYPES[type_name], rows.shape[1]
-        # Columns in the order of the factor, in which a slab's are neighbours.
-        weights = torch.from_numpy(np.ascontiguousarray(rows[:, factor.order].T)).to(self.device)
-        errors = torch.zeros_like(weights)
-        slabs: list[_Slab] = []
-        self._ggml.ggml_quantize_init(kind.ggml_id)
+        kind, n, width = TENSOR_TYPES[type_name], rows.shape[1], width_of(type_name) if within else None
+        ggml().ggml_quantize_init(kind.ggml_id)
+        groups = self._groups(rows, factor, type_name)
         for start in range(0, n, kind.block_size):
             here = slice(start, start + kind.block_size)
-            target = weights[here]
-            if start:
-                target = torch.addmm(target, factor.between(slice(0, start), here).T, errors[:start])
-            weight = None if importance is None else importance[factor.order[here]]
-            slab, values = self._slab(type_name, target, weight, factor.r[here, here] if within else None)
-            errors[here] = weights[here] - values
-            slabs.append(slab)
-        opened = [slab.codes for slab in slabs if slab.codes is not None]
-        for _ in range(sweeps if opened else 0):
-            descend(opened, weights, errors, factor.h)
-        data = _in_place([slab.packed() for slab in slabs], factor.order, kind.block_size)
-        return data, self._ggml.dequantize(kind.ggml_id, data, len(rows), n)
+            columns = _Columns(
+                here,
+                factor.between(slice(0, start), here) if start else None,
+                None if width is None else blocks(factor.r[here, here], width),
+                None if importance is None else importance[factor.order[here]],
+            )
+            self._threads.map(lambda group, columns=columns: group.round(columns), groups)  # type: ignore[misc]
+        self._threads.map(lambda group: group.descend(factor.h, sweeps), groups)
+        data = np.concatenate([group.data(factor.order) for group in groups])
+        return data, ggml().dequantize(kind.ggml_id, data, len(rows), n)
 
-    def _slab(
-        self, type_name: str, target: torch.Tensor, importance: Rows | None, r: torch.Tensor | None
-    ) -> tuple[_Slab, torch.Tensor]:
-        """A slab [width, n_rows] by ggml, its codes chosen again with feedback by ``r`` if there is one; its values."""
-        type_id, (width, n_rows) = TENSOR_TYPES[type_name].ggml_id, target.shape
-        data = self._quantize(type_id, target, importance)
-        codes = None if r is None else self._open(type_name, data, n_rows, width)
-        if r is None or codes is None:
-            return _Slab(data), self._values(type_id, data, n_rows, width)
-        return _Slab(data, codes), choose_codes(codes, target, r)
-
-    def _open(self, type_name: str, data: Bytes, n_rows: int, width: int) -> Codes | None:
-        from dynrun.rounding.formats import open_codes
-
-        return open_codes(type_name, data, n_rows, width, self.device)
-
-    def _chunks(self, n_rows: int) -> list[slice]:
-        step = max(64, -(-n_rows // (4 * self._n_threads)))
-        return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
-
-    def _quantize(self, type_id: int, target: torch.Tensor, importance: Rows | None) -> Bytes:
-        rows = np.ascontiguousarray(target.T.cpu().numpy())
-        parts = self._pool.map(
-            lambda chunk: self._ggml.quantize(type_id, rows[chunk], importance), self._chunks(len(rows))
-        )
-        return np.concatenate(list(parts)).reshape(len(rows), -1)
-
-    def _values(self, type_id: int, data: Bytes, n_rows: int, width: int) -> torch.Tensor:
+    def _groups(self, rows: Rows, factor: Factor, type_name: str) -> list[_Group]:
+        """As many groups of equal size as a power of two: threads are, too. It depends on the rows alone, as matrix
+        products of another shape may round otherwise."""
         import torch
 
-        found = self._ggml.dequantize(type_id, data, n_rows, width)
-        return torch.from_numpy(np.ascontiguousarray(found.T)).to(self.device)
+        n = 1 if self.device != "cpu" else 2 ** max(0, round(math.log2(len(rows) / _GROUP)))
+        parts = np.array_split(rows, n)
+        # Columns in the order of the factor, in which a slab's are neighbours.
+        weights = (torch.from_numpy(np.ascontiguousarray(part[:, factor.order].T)) for part in parts)
+        return [_Group(type_name, each.to(self.device)) for each in weights]
 
 
 def _in_place(slabs: Sequence[Bytes], order: npt.NDArray[np.int64], width: int) -> Bytes:
@@ -130,12 +169,11 @@ def _in_place(slabs: Sequence[Bytes], order: npt.NDArray[np.int64], width: int) 
     return data.reshape(n_rows, -1)
 
 
-def choose_codes(codes: Codes, target: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    """The values of a slab [width, n_rows] for ``target``, its codes chosen group by group with feedback by ``r``."""
+def choose_codes(codes: Codes, target: torch.Tensor, unit: torch.Tensor, metrics: torch.Tensor) -> torch.Tensor:
+    """The values of a slab [width, n_rows] for ``target``, its codes chosen group by group with feedback (blocks)."""
     import torch
 
     n, group = len(target), codes.width
-    unit, metrics = blocks(r, group)
     q, errors = torch.empty_like(target), torch.empty_like(target)
     for start in range(0, n, _LAZY):
         stop = min(n, start + _LAZY)
@@ -157,6 +195,10 @@ def blocks(r: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     n = len(r)
+    if group == 1:
+        # As below, without 256 calls.
+        own = torch.diagonal(r)
+        return r * (1 / own), own.square()[:, None, None]
     diagonal = torch.stack([r[i : i + group, i : i + group] for i in range(0, n, group)])
     unit = torch.empty_like(r)
     for i, block in enumerate(diagonal):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dynrun.rounding.scalar import open_scalar
+from dynrun.rounding.scalar import LAYOUTS, ScalarCodes, open_scalar
 
 if TYPE_CHECKING:
     import torch
@@ -44,3 +44,12 @@ def open_codes(type_name: str, data: npt.NDArray[np.uint8], n_rows: int, n_colum
     from dynrun.rounding.codebooks import open_codebook
 
     return open_codebook(type_name, data, n_rows, n_columns, device)
+
+
+def width_of(type_name: str) -> int | None:
+    """Columns that are decided together in a type; None where its codes cannot be chosen again."""
+    if type_name in LAYOUTS:
+        return ScalarCodes.width
+    from dynrun.rounding import grids
+
+    return grids.LAYOUTS[type_name].width if type_name in grids.LAYOUTS else None

@@ -62,12 +62,11 @@ def _spread(layers: Sequence[int]) -> list[int]:
 
 
 def _of_types(feedback: Feedback, name: str, types: Sequence[str]) -> dict[str, float]:
+    mine = [[type_name for type_name in family if type_name in types] for family in _FAMILIES]
+    families = [family for family in mine if family]
     found: dict[str, float] = {}
-    for family in _FAMILIES:
-        mine = [type_name for type_name in family if type_name in types]
-        if mine:
-            ratio = feedback.choice(name, mine[0]).ratio
-            found |= dict.fromkeys(mine, ratio)
+    for family, choice in zip(families, feedback.choices(name, [family[0] for family in families]), strict=True):
+        found |= dict.fromkeys(family, choice.ratio)
     return found
 
 

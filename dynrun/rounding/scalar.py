@@ -186,6 +186,8 @@ class ScalarCodes:
         sub_block = first // self._per_scale
         scale, offset = self._scales[sub_block], None if self._offsets is None else self._offsets[sub_block]
         wanted = (x[0] if offset is None else x[0] - offset) / scale
+        if self._has_zeros[sub_block]:
+            wanted = torch.where(scale == 0, 0.0, wanted)
         codes = self._nearest(wanted)
         if self._has_zeros[sub_block]:
             codes = torch.where(scale == 0, self._codes[first], codes)
@@ -214,25 +216,32 @@ class ScalarCodes:
         import torch
 
         if self._grid is not None:
-            return self._grid.levels[codes.int()]
+            return self._grid.levels.index_select(0, codes.int())
         return codes.to(torch.float32).add_(self._layout.levels[0])
 
 
 class _Grid:
-    """Unevenly spaced levels by code, on a device, and the codes in the levels' order with the bounds between them."""
+    """Unevenly spaced whole numbers by code, on a device, and the code of the one nearest to any value.
+
+    Bounds between two levels are multiples of ½, so that a table by ⌈2·value⌉ is exact; looking them up
+    (torch.bucketize) would spread every few hundred values over threads.
+    """
 
     def __init__(self, levels: tuple[int, ...], device: str) -> None:
         import torch
 
-        ordered, codes = np.unique(np.array(levels, dtype=np.float32), return_index=True)
+        ordered, codes = np.unique(np.array(levels), return_index=True)
+        twice = ordered[1:] + ordered[:-1]
         self.levels = torch.tensor(levels, dtype=torch.float32, device=device)
-        self._codes = torch.from_numpy(codes.astype(np.uint8)).to(device)
-        self._bounds = torch.from_numpy((ordered[1:] + ordered[:-1]) / 2).to(device)
+        self._first, self._last = int(twice[0]), int(twice[-1]) + 1
+        table = codes[np.searchsorted(twice, np.arange(self._first, self._last + 1))]
+        self._codes = torch.from_numpy(table.astype(np.uint8)).to(device)
 
     def nearest(self, wanted: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        return self._codes[torch.bucketize(wanted, self._bounds)]
+        """Overwrites ``wanted``; of two levels equally near the lower one."""
+        at = wanted.mul_(2).ceil_().clamp_(self._first, self._last).sub_(self._first).int()
+        # What is no number (of a scale that is infinite) has some code too.
+        return self._codes.index_select(0, at.clamp_(min=0))
 
 
 def open_scalar(type_name: str, data: Bytes, n_rows: int, n_columns: int, device: str) -> ScalarCodes | None:

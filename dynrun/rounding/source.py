@@ -6,6 +6,7 @@ One covariance is in memory at a time, with the factors made of it: tensors that
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -91,7 +92,7 @@ class Source:
         assert self._matrix is not None
         if (strength, width) not in self._factors:
             n = len(self._matrix)
-            most = self._most_factors(name, n)
+            most = min(_KEPT, self.most_factors(name))
             while len(self._factors) >= most:
                 self._factors.pop(next(iter(self._factors)))
             shrink = self.settings.shrinkage(strength, n, self._n_rows)
@@ -117,10 +118,14 @@ class Source:
         own += np.float32(added) * self._layer[1]
         return own, n_rows + added
 
-    def _most_factors(self, name: str, n: int) -> int:
-        """How many factors of an input of width ``n`` may be there at once: of a wide one each takes a gigabyte."""
+    def most_factors(self, name: str) -> int:
+        """How many factors of a tensor's input may be there at once: of a wide one each takes a gigabyte.
+
+        Raises DoesNotFitError where ``memory`` is too little for one.
+        """
         if self.memory is None:
-            return _KEPT
+            return sys.maxsize
+        n = self.weights.header.tensors[name].shape[0]
         one = n * n * 4
         needed = (_WORK_MATRICES + (self.n_expert(name) > 1)) * one
         most = (self.memory - needed) // (_FACTOR_MATRICES * one) + 1
@@ -129,4 +134,4 @@ class Source:
                 f"rounding {name} takes {needed / 1e9:.2f} GB, more than {self.memory / 1e9:.2f} GB",
                 fix=f"give --memory {-(-needed // 10**6)}M, or --no-feedback",
             )
-        return min(_KEPT, most)
+        return most

@@ -6,7 +6,7 @@ What a killed run finished is found again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from dynrun.llamacpp.build import installation
 from dynrun.llamacpp.library import ggml
 from dynrun.models import Reference
 from dynrun.rounding.choice import PLAIN, Choice, choose, strength_of
+from dynrun.rounding.factor import Factor
 from dynrun.rounding.feedback import Bytes, Rounder, Rows
 from dynrun.rounding.settings import FeedbackSettings
 from dynrun.rounding.source import Source
@@ -59,13 +60,17 @@ class Feedback:
 
     def choice(self, name: str, type_name: str) -> Choice:
         """With what a tensor is rounded, and what that gives on held-out activations."""
-        if not self.applies(name, type_name):
-            return PLAIN
-        if (name, type_name) not in self._choices:
-            found = choose(self.source, self._rounder, name, type_name, self._strength(name))
-            self._choices[name, type_name] = found
-            append_line(self.folder / _CHOICES_FILE, [name, type_name, found.strength, found.ratio])
-        return self._choices[name, type_name]
+        return self.choices(name, [type_name])[0]
+
+    def choices(self, name: str, types: Sequence[str]) -> list[Choice]:
+        """:meth:`choice` in each of ``types``."""
+        able = [type_name for type_name in types if self.applies(name, type_name)]
+        if wanted := [type_name for type_name in able if (name, type_name) not in self._choices]:
+            found = choose(self.source, self._rounder, name, wanted, self._strength(name))
+            for type_name, choice in zip(wanted, found, strict=True):
+                self._choices[name, type_name] = choice
+                append_line(self.folder / _CHOICES_FILE, [name, type_name, choice.strength, choice.ratio])
+        return [self._choices[name, one] if one in able else PLAIN for one in types]
 
     def _strength(self, name: str) -> float:
         """Of a tensor's input: the damping belongs to what all tensors that read it share."""
@@ -101,17 +106,41 @@ class Feedback:
         return Rounded(data, ggml().dequantize(TENSOR_TYPES[type_name].ggml_id, data, len(data), n))
 
     def _round(self, name: str, type_name: str, strength: float) -> Bytes:
-        source = self.source
-        data = []
-        for expert in range(source.n_expert(name)):
-            rows = source.rows(name, expert)
+        source, width = self.source, TENSOR_TYPES[type_name].block_size
+
+        def parts_of(expert: int) -> Iterator[_Part]:
+            rows, factor = source.rows(name, expert), source.factor(name, expert, strength, width)
             step = max(1, _CHUNK_VALUES // rows.shape[1])
-            factor = source.factor(name, expert, strength, TENSOR_TYPES[type_name].block_size)
-            importance, sweeps = source.importance(name, expert), source.settings.sweeps
             for start in range(0, len(rows), step):
-                chunk = rows[start : start + step]
-                data.append(self._rounder.round(chunk, factor, type_name, importance, sweeps=sweeps)[0])
+                yield _Part(rows[start : start + step], factor, source.importance(name, expert))
+
+        def rounded(part: _Part) -> Bytes:
+            sweeps = source.settings.sweeps
+            return self._rounder.round(part.rows, part.factor, type_name, part.importance, sweeps=sweeps)[0]
+
+        n = source.n_expert(name)
+        at_once = max(1, min(self._rounder.n_threads, source.most_factors(name), self._fitting(name)))
+        data: list[Bytes] = []
+        for start in range(0, n, at_once):
+            experts = range(start, min(n, start + at_once))
+            if len(experts) > 1:
+                data += self._rounder.each(rounded, [part for expert in experts for part in parts_of(expert)])
+            else:
+                data += map(rounded, parts_of(start))
         return np.concatenate(data)
+
+    def _fitting(self, name: str) -> int:
+        """Experts that are no more values together than what is rounded at once."""
+        return _CHUNK_VALUES * self.source.n_expert(name) // self.source.weights.header.tensors[name].n_elements
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one matrix, and what they are rounded with."""
+
+    rows: Rows
+    factor: Factor
+    importance: Rows
 
 
 def feedback_folder(

@@ -191,9 +191,10 @@ def test_a_type_whose_codes_cannot_be_chosen_again_has_feedback_between_slabs() 
     assert it.error(values) < 0.9 * it.error(it.plain("TQ2_0"))
 
 
-@pytest.mark.parametrize("type_name", ["Q4_0", "IQ3_XXS"])
-def test_the_bytes_do_not_depend_on_the_number_of_threads(type_name: str) -> None:
-    it = layer(256, 150)
+@pytest.mark.parametrize("n_rows", [150, 1600])
+@pytest.mark.parametrize("type_name", ["Q4_0", "IQ4_XS", "IQ3_XXS"])
+def test_the_bytes_do_not_depend_on_the_number_of_threads(type_name: str, n_rows: int) -> None:
+    it = layer(256, n_rows)
     one = it.rounded(type_name, n_threads=1)[0]
     assert np.array_equal(it.rounded(type_name, n_threads=3)[0], one)
 

@@ -63,8 +63,8 @@ class Statistics:
     imatrix: ImatrixStage
     covariance: CovarianceStage
 
-    def open(self, settings: FeedbackSettings = SETTINGS) -> AbstractContextManager[Feedback]:
-        return open_feedback(self.reference, self.imatrix, self.covariance, settings, n_threads=2)
+    def open(self, settings: FeedbackSettings = SETTINGS, **given: int) -> AbstractContextManager[Feedback]:
+        return open_feedback(self.reference, self.imatrix, self.covariance, settings, **{"n_threads": 2, **given})
 
     def rows(self, name: str) -> Rows:
         return WeightFile(self.reference.path).rows(name)
@@ -223,6 +223,25 @@ def test_what_a_killed_run_left_is_continued_to_the_same_bytes(dense: Statistics
     for name in (CHOICES, STRENGTHS):
         assert sorted(found.pop(name).splitlines()) == sorted(whole.pop(name).splitlines())
     assert found == whole
+
+
+def test_neither_threads_nor_memory_nor_what_is_asked_for_together_change_a_byte(
+    experts: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = ["Q3_K", "Q4_0", "IQ3_XXS", "IQ4_NL"]
+    n = experts.reference.header.tensors[UP_EXPERTS].shape[0]
+    found = []
+    # Seven matrices are what one factor of an expert's input takes while it is made.
+    for given in ({"n_threads": 1}, {"n_threads": 3}, {"n_threads": 3, "memory": 7 * n * n * 4}):
+        monkeypatch.setenv("DYNRUN_CACHE", str(tmp_path / str(len(found))))
+        with experts.open(**given) as feedback:
+            if found:
+                feedback.choices(UP_EXPERTS, types)
+            for type_name in types:
+                tensor(feedback, UP_EXPERTS, type_name)
+            found.append(files(feedback.folder.path))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0][CHOICES].splitlines()) == len(types)
 
 
 @pytest.mark.parametrize(("name", "type_name"), [(UP_EXPERTS, "IQ3_XXS"), (GATE_EXPERTS, "Q3_K")])
