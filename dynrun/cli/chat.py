@@ -19,10 +19,10 @@ from dynrun.errors import DynrunError, UsageError
 from dynrun.runtime.events import Answer, Event, Finished, Reading, Restarted, Said, Thought
 from dynrun.runtime.history import Chat, Message, find_chat, list_chats, new_chat
 from dynrun.runtime.images import find_mmproj, image_part
+from dynrun.runtime.printable import printable
 from dynrun.runtime.sampling import Sampling, described, in_force
 from dynrun.runtime.session import Session
 
-_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 _HELP = '''/new             a new conversation        /system TEXT   another system prompt
 /chats           those that were kept      /resume ID     go on with one (or: last)
 /retry           answer again              /set NAME N    temp, top_k, top_p, min_p, seed, max_tokens
@@ -30,11 +30,6 @@ _HELP = '''/new             a new conversation        /system TEXT   another sys
 /info            model, memory, settings   /quit, Ctrl+D  end
 """ begins and ends a question of several lines. Ctrl+C stops an answer.'''
 _SETTINGS = {"temp": "temperature"}
-
-
-def printable(text: str) -> str:
-    """``text`` without control characters: escape sequences of a model must not reach the terminal."""
-    return text.translate(_CONTROLS)
 
 
 def stats(answer: Answer) -> str:

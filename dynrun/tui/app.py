@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.dom import DOMNode
+from textual.filter import LineFilter
 from textual.reactive import reactive
 from textual.screen import Screen
 from textual.theme import Theme
@@ -22,6 +23,7 @@ from textual.widgets import Input, TextArea
 from dynrun.tui.collector import COLLECTOR, EVERY_S
 from dynrun.tui.commands import Commands
 from dynrun.tui.cycles import lean_strips
+from dynrun.tui.line_filter import PrintableFilter
 from dynrun.tui.messages import ModelsChanged, Visit
 from dynrun.tui.rooms import BY_MODE, ROOMS, modes
 from dynrun.tui.screens.room import RoomScreen
@@ -64,6 +66,7 @@ class DynrunApp(App[int]):
     def __init__(self, visit: Visit | None = None, settings: TuiSettings | None = None) -> None:
         super().__init__()
         lean_strips()
+        self._printable = PrintableFilter()
         self.settings = load_settings() if settings is None else settings
         self._first = visit
         for theme in THEMES:
@@ -72,6 +75,9 @@ class DynrunApp(App[int]):
         if self.settings.keys:
             check_keys(self.settings.keys, binding_ids())
             self.set_keymap(self.settings.keys)
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        return [self._printable, *super().get_line_filters()]
 
     async def on_mount(self) -> None:
         self.theme_changed_signal.subscribe(self, self._remember_theme)

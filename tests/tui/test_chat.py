@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -69,6 +70,22 @@ async def test_what_is_typed_behind_enter_is_not_lost(model: Path) -> None:
         await answered(pilot, 2)
         assert [m.text for m in list_chats()[0].messages] == ["Hi", "Hello."]
         assert pilot.app.screen.query_one(Composer).text == "xy"
+
+
+async def test_control_characters_of_a_model_do_not_reach_the_terminal(model: Path) -> None:
+    said = "be\x1bfore \x1b]0;title\x07 \x1bP \x9b31m \x7f**bold**\n\n```\n\x1b[2Jcode\x1b\n```\n\nafter"
+    async with chatting(model, [("reasoning_content", "\x1b[1;1Hthought"), said]) as (pilot, _):
+        await ask(pilot, "a\x1bsk")
+        await shows(pilot, "after")
+        await answered(pilot, 2)
+        await shows(pilot, "tokens, ")
+        await pilot.press("up", "t")
+        await shows(pilot, "[1;1Hthought")
+        text = screen_text(pilot)
+        assert [c for c in text if c != "\n" and unicodedata.category(c) == "Cc"] == []
+        for shown in ("before ]0;title P 31m bold", "[2Jcode"):
+            assert shown in text
+        assert list_chats()[0].messages[1].text == said, "what is kept is what was said"
 
 
 async def test_an_answer_streams_with_its_thoughts_folded_and_is_kept(model: Path) -> None:
