@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.commands import ARGV, dynrun
+from tests.commands import dynrun
 from tests.hub_server import Hub, serving
-from tests.native.test_serve import PATIENCE_S, ask, family
+from tests.native.test_serve import PATIENCE_S, ask, family, terminal
 from tests.native.test_serve import serving as serve
 from tests.tiny import write_tiny_llama
 
@@ -85,18 +83,19 @@ def test_the_key_of_serve_is_in_its_file_alone(tiny: Path, tmp_path: Path, sever
 
 
 def test_the_key_of_a_run_is_in_a_file_that_goes_with_it(tiny: Path, tmp_path: Path) -> None:
-    argv = [*ARGV, "run", str(tiny), "-p", "hi", "-n", "200", "--json"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        deadline = time.monotonic() + PATIENCE_S
-        while not (server := [one for one in family(process) if one.name() == "llama-server"]):
-            assert time.monotonic() < deadline
-        arguments = server[0].cmdline()
+    with terminal("run", tiny, "-n", "8") as (user, process):
+        said = user.wait_for("> ")
+        user.type("hi\n")
+        said += user.wait_for("answer: ")
+        (server,) = [one for one in family(process) if one.name() == "llama-server"]
+        arguments = server.cmdline()
         key_file = Path(arguments[arguments.index("--api-key-file") + 1])
         assert key_file.stat().st_mode & 0o777 == 0o600
         key = key_file.read_text().strip()
         check_processes(family(process), key, in_environment=False)
-        said, _ = process.communicate()
-    assert process.returncode == 0, said
+        said += user.wait_for("> ")
+        user.type("/quit\n")
+        assert process.wait(PATIENCE_S) == 0
     assert key not in said + TOKEN
     assert not key_file.exists()
     assert files_with(key, *own_folders(tmp_path)) == []

@@ -54,7 +54,7 @@ def ask(said: dict[str, Any], model: str, key: str | None = None) -> httpx2.Resp
     return httpx2.post(url, json=body, headers=headers, timeout=PATIENCE_S, trust_env=False)
 
 
-def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def family(process: subprocess.Popen[Any]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
