@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -168,22 +169,36 @@ def test_an_unknown_architecture_and_a_missing_tokenizer_are_told_in_the_convert
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 
+def killed_while_it_writes(model: Path, cache: Path) -> bool:
+    """Convert in a cache of its own, and SIGKILL it in the midst; False where it was at its end before it was seen to
+    write. No child outlives it."""
+    share_environment(cache)
+    environment = {**os.environ, "DYNRUN_CACHE": str(cache)}
+    with subprocess.Popen([*ARGV, "convert", str(model)], env=environment, stderr=subprocess.DEVNULL) as child:
+        while not any(size(path) > 1 << 24 for path in cache.rglob("work.part/*.gguf")):
+            if child.poll() is not None:
+                return False
+        child.send_signal(signal.SIGSTOP)
+        children = psutil.Process(child.pid).children(recursive=True)
+        child.send_signal(signal.SIGKILL)
+    psutil.wait_procs(children, timeout=20)
+    assert not any(one.is_running() for one in children)
+    return bool(children) and not list(cache.rglob("*-F16.gguf"))
+
+
+def size(path: Path) -> int:
+    """0 of what is gone meanwhile."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
+
+
 def test_killed_while_it_writes_and_run_again_it_ends_with_the_same_bytes(
     smollm: Path, private_cache: Path, tmp_path: Path
 ) -> None:
     whole = dynrun("convert", smollm, "--json").json
-    cache = tmp_path / "other"
-    share_environment(cache)
-    environment = {**os.environ, "DYNRUN_CACHE": str(cache)}
-    with subprocess.Popen([*ARGV, "convert", str(smollm)], env=environment, stderr=subprocess.DEVNULL) as child:
-        while not any(path.stat().st_size > 1 << 24 for path in cache.rglob("work.part/*.gguf")):
-            assert child.poll() is None
-        children = psutil.Process(child.pid).children(recursive=True)
-        child.send_signal(signal.SIGKILL)
-    assert children
-    psutil.wait_procs(children, timeout=20)
-    assert not any(one.is_running() for one in children)
-    assert not list(cache.rglob("*-F16.gguf"))
+    caches = (tmp_path / f"killed-{number}" for number in range(5))
+    cache = next(cache for cache in caches if killed_while_it_writes(smollm, cache))
     again = dynrun("convert", smollm, "--json", env={"DYNRUN_CACHE": str(cache)}).json
     assert not again["cached"]
     assert again["sha256"] == whole["sha256"] == sha256_file(Path(again["path"]))
