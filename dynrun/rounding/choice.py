@@ -67,9 +67,9 @@ def choose(source: Source, rounder: Rounder, name: str, types: Sequence[str], st
         for width in sorted({TENSOR_TYPES[type_name].block_size for type_name in types}):
             its = [type_name for type_name in types if TENSOR_TYPES[type_name].block_size == width]
             trial = _Trial(source, rounder, name, expert, strength, width)
-            for type_name, found in zip(its, rounder.each(trial.errors, its), strict=True):
-                plain[type_name] += found[0]
-                with_feedback[type_name] += found[1]
+            for type_name in its:
+                plain[type_name] += trial.plain_error(type_name)
+                with_feedback[type_name] += trial.error(type_name, source.settings.sweeps)
     if not experts:
         return [Choice(strength, 1.0) for _ in types]
     return [
@@ -82,20 +82,17 @@ def _fast_type(source: Source, name: str) -> str:
 
 
 class _Trial:
-    """Some rows of an expert's matrix, rounded in types of one width."""
+    """Some rows of an expert's matrix, rounded in types of one width; errors of the output on held-out inputs."""
 
     def __init__(self, source: Source, rounder: Rounder, name: str, expert: int, strength: float, width: int) -> None:
-        self._rounder, self._sweeps = rounder, source.settings.sweeps
-        self._rows = source.some(name, expert, source.settings.n_rows)
+        self._rounder, self._rows = rounder, source.some(name, expert, source.settings.n_rows)
         self._factor = source.factor(name, expert, strength, width)
         self._importance, self._held_out = source.importance(name, expert), source.held_out(name, expert)
 
-    def errors(self, type_name: str) -> tuple[float, float]:
-        """Of the output, on held-out rows of the input: rounded plainly, and with feedback."""
+    def plain_error(self, type_name: str) -> float:
         library, type_id = ggml(), TENSOR_TYPES[type_name].ggml_id
         library.ggml_quantize_init(type_id)
-        plain = library.round_trip(type_id, self._rows, self._importance)
-        return output_error(self._held_out, self._rows - plain), self.error(type_name, self._sweeps)
+        return output_error(self._held_out, self._rows - library.round_trip(type_id, self._rows, self._importance))
 
     def error(self, type_name: str, sweeps: int) -> float:
         """With feedback."""

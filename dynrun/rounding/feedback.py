@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -31,10 +33,11 @@ Rows = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+_Quantize = Callable[[int, Rows, Rows | None], Bytes]
 # Columns whose feedback to later ones is one matrix product instead of one per column.
 _LAZY = 32
-# Rows that one thread does at a time, about; of fewer, what Python takes for a column is as long as the arithmetic.
-_GROUP = 768
+# Rows that one thread searches codebooks for, about; with fewer, threads wait for each other's turn in the interpreter.
+_GROUP = 1500
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,11 @@ class _Group:
     """Some rows of a matrix, rounded slab by slab: ``weights`` and their errors [n, n_rows], columns in the order of
     the factor."""
 
-    def __init__(self, type_name: str, weights: torch.Tensor) -> None:
+    def __init__(self, type_name: str, weights: torch.Tensor, quantize: _Quantize) -> None:
         import torch
 
         self.type_name, self.weights, self.errors = type_name, weights, torch.zeros_like(weights)
+        self._quantize = quantize
         self.slabs: list[_Slab] = []
 
     def round(self, columns: _Columns) -> None:
@@ -87,7 +91,7 @@ class _Group:
 
         type_id, (width, n_rows), device = TENSOR_TYPES[self.type_name].ggml_id, target.shape, str(target.device)
         rows = np.ascontiguousarray(target.T.cpu().numpy())
-        data = ggml().quantize(type_id, rows, columns.importance).reshape(n_rows, -1)
+        data = self._quantize(type_id, rows, columns.importance)
         if columns.within is not None:
             codes = open_codes(self.type_name, data, n_rows, width, device)
             assert codes is not None
@@ -107,11 +111,18 @@ class _Group:
 
 
 class Rounder:
-    """Rounds matrices with error feedback on ``n_threads`` threads: groups of rows, and several matrices at once."""
+    """Rounds matrices with error feedback. Codebooks are searched on ``n_threads`` threads: groups of rows, and several
+    matrices at once. Scalar types are not: a column of theirs is a dozen small operations, which would only wait for
+    each other's turn in the interpreter; torch's products have its own threads."""
 
     def __init__(self, n_threads: int, device: str = "cpu") -> None:
-        self.n_threads, self.device = n_threads if device == "cpu" else 1, device
-        self._threads, self._callers = Threads(self.n_threads), Threads(self.n_threads)
+        self._n_threads, self.device = n_threads, device
+        # Each of them may wait for those behind it.
+        self._callers, self._threads, self._ggml = Threads(n_threads), Threads(n_threads), ThreadPoolExecutor(n_threads)
+
+    def at_once(self, type_name: str) -> int:
+        """Matrices that are worth rounding side by side (:meth:`each`)."""
+        return self._n_threads if self._searched(type_name) else 1
 
     def each(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
         """Results of a ``function`` that rounds, in the order of ``items``."""
@@ -143,8 +154,8 @@ class Rounder:
                 None if width is None else blocks(factor.r[here, here], width),
                 None if importance is None else importance[factor.order[here]],
             )
-            self._threads.map(lambda group, columns=columns: group.round(columns), groups)  # type: ignore[misc]
-        self._threads.map(lambda group: group.descend(factor.h, sweeps), groups)
+            self._in_each(groups, partial(_Group.round, columns=columns))
+        self._in_each(groups, partial(_Group.descend, h=factor.h, sweeps=sweeps))
         data = np.concatenate([group.data(factor.order) for group in groups])
         return data, ggml().dequantize(kind.ggml_id, data, len(rows), n)
 
@@ -153,11 +164,26 @@ class Rounder:
         products of another shape may round otherwise."""
         import torch
 
-        n = 1 if self.device != "cpu" else 2 ** max(0, round(math.log2(len(rows) / _GROUP)))
-        parts = np.array_split(rows, n)
+        n = 2 ** max(0, round(math.log2(len(rows) / _GROUP))) if self._searched(type_name) else 1
         # Columns in the order of the factor, in which a slab's are neighbours.
-        weights = (torch.from_numpy(np.ascontiguousarray(part[:, factor.order].T)) for part in parts)
-        return [_Group(type_name, each.to(self.device)) for each in weights]
+        parts = (np.ascontiguousarray(part[:, factor.order].T) for part in np.array_split(rows, n))
+        return [_Group(type_name, torch.from_numpy(part).to(self.device), self._quantize) for part in parts]
+
+    def _in_each(self, groups: Sequence[_Group], function: Callable[[_Group], None]) -> None:
+        if self._searched(groups[0].type_name):
+            self._threads.map(function, groups)
+        else:
+            function(groups[0])
+
+    def _searched(self, type_name: str) -> bool:
+        """Whether a type's codes are found by large products that are best made side by side: those of codebooks."""
+        return self.device == "cpu" and (width_of(type_name) or 0) > 1
+
+    def _quantize(self, type_id: int, rows: Rows, importance: Rows | None) -> Bytes:
+        step = max(64, -(-len(rows) // (4 * self._n_threads)))
+        chunks = [rows[start : start + step] for start in range(0, len(rows), step)]
+        parts = self._ggml.map(lambda chunk: ggml().quantize(type_id, chunk, importance), chunks)
+        return np.concatenate(list(parts)).reshape(len(rows), -1)
 
 
 def _in_place(slabs: Sequence[Bytes], order: npt.NDArray[np.int64], width: int) -> Bytes:

@@ -119,7 +119,7 @@ class Feedback:
             return self._rounder.round(part.rows, part.factor, type_name, part.importance, sweeps=sweeps)[0]
 
         n = source.n_expert(name)
-        at_once = max(1, min(self._rounder.n_threads, source.most_factors(name), self._fitting(name)))
+        at_once = max(1, min(self._rounder.at_once(type_name), source.most_factors(name), self._fitting(name)))
         data: list[Bytes] = []
         for start in range(0, n, at_once):
             experts = range(start, min(n, start + at_once))
