@@ -1,6 +1,6 @@
 """Run a command while a random process below it stands still now and then: tests that race with what they watch fail.
 
-    .venv/bin/python benchmarks/pauses.py --seed 2 --longest 2.5 .venv/bin/python -m pytest -m "native or tui or e2e" -n 4
+    .venv/bin/python benchmarks/pauses.py --seed 2 .venv/bin/python -m pytest -m "native or tui or e2e" -n 4
 
 Pauses are SIGSTOP and SIGCONT, up to ``--longest`` seconds and mostly much shorter, two to twenty a second.
 """
