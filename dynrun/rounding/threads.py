@@ -1,7 +1,7 @@
 """Work side by side on threads, with torch on one thread in each of them.
 
-torch lets go of the interpreter's lock in every operation: large ones scale. Threads of its own in each operation would
-do as much on an idle machine, but wait for one another at every one's end, ten times as long where others are busy.
+torch lets go of the interpreter's lock in every operation: large ones scale. Threads of its own in each operation do as
+much on an idle machine, but wait for one another at every one's end, and long where the machine is busy.
 """
 
 from __future__ import annotations
