@@ -186,8 +186,6 @@ class ScalarCodes:
         sub_block = first // self._per_scale
         scale, offset = self._scales[sub_block], None if self._offsets is None else self._offsets[sub_block]
         wanted = (x[0] if offset is None else x[0] - offset) / scale
-        if self._has_zeros[sub_block]:
-            wanted = torch.where(scale == 0, 0.0, wanted)
         codes = self._nearest(wanted)
         if self._has_zeros[sub_block]:
             codes = torch.where(scale == 0, self._codes[first], codes)
@@ -240,7 +238,7 @@ class _Grid:
     def nearest(self, wanted: torch.Tensor) -> torch.Tensor:
         """Overwrites ``wanted``; of two levels equally near the lower one."""
         at = wanted.mul_(2).ceil_().clamp_(self._first, self._last).sub_(self._first).int()
-        # What is no number (of a scale that is infinite) has some code too.
+        # What is no number (of a scale that is 0 or infinite) has some code too.
         return self._codes.index_select(0, at.clamp_(min=0))
 
 
