@@ -34,10 +34,15 @@ class Ran:
         return lines[0].removeprefix("dynrun: ")
 
 
-def dynrun(*arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> Ran:
+def dynrun(
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    program: tuple[str, ...] = ARGV,
+) -> Ran:
     """Run a command to its end, with the test's own cache."""
     done = subprocess.run(
-        [*ARGV, *map(str, arguments)],
+        [*program, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,

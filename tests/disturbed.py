@@ -19,6 +19,11 @@ from pathlib import Path
 from typing import Any
 
 
+def disturbed(what: str, pattern: str) -> tuple[str, ...]:
+    """The program that `dynrun` is run by (tests/commands.py)."""
+    return sys.executable, "-m", "tests.disturbed", what, pattern
+
+
 def fill(disk: Path) -> None:
     """Take all the room that there is, whoever else is writing."""
     with (disk / "ballast").open("ab", buffering=0) as stream, suppress(OSError):

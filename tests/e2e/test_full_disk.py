@@ -14,7 +14,7 @@ import pytest
 from dynrun.hub.files import RemoteFile
 from dynrun.hub.part import Part
 from tests.commands import Ran, dynrun
-from tests.disturbed import fill
+from tests.disturbed import disturbed, fill
 from tests.hub_server import Fault, Hub, serving
 from tests.tiny import write_tiny_llama
 
@@ -49,11 +49,9 @@ def make_room(disk: Path) -> None:
 
 def filled(disk: Path, when: str, *arguments: str | Path) -> Ran:
     """Run a command on ``disk``, which fills up as soon as it says a line, or makes a file, that ``when`` matches."""
-    argv = [sys.executable, "-m", "tests.disturbed", f"fill:{disk}", when, *arguments]
-    environment = {**os.environ, **on(disk)}
-    done = subprocess.run(argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    assert (disk / "ballast").exists(), done.stderr
-    return Ran(done.returncode, done.stdout, done.stderr)
+    ran = dynrun(*arguments, env=on(disk), program=disturbed(f"fill:{disk}", when))
+    assert (disk / "ballast").exists(), ran.stderr
+    return ran
 
 
 def on(disk: Path) -> dict[str, str]:

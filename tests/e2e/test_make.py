@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from dynrun.llamacpp import tools
 from dynrun.report.folder import read_report
 from dynrun.scheme import Scheme, read_scheme
 from tests.commands import dynrun
+from tests.disturbed import disturbed
 from tests.tiny import write_tiny_llama
 
 pytestmark = pytest.mark.e2e
@@ -117,9 +116,8 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(
     out = tmp_path / "killed.gguf"
     # Of the 800 times that a whole run writes or renames something.
     for moment in (chance.randint(10, 120) for _ in range(8)):
-        argv = [sys.executable, "-m", "tests.disturbed", f"kill:{moment}", "/stages/|/killed[.]", *arguments, str(out)]
-        killed = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        killed = dynrun(*arguments, out, program=disturbed(f"kill:{moment}", "/stages/|/killed[.]"))
+        assert killed.exit_code == -signal.SIGKILL, killed.stderr
         _, alive = psutil.wait_procs(left_of(tmp_path), timeout=30)
         assert not alive
     assert dynrun(*arguments, out).exit_code == 0

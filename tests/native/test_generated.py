@@ -27,6 +27,7 @@ from dynrun.errors import DynrunError, NotFoundError, UsageError
 from dynrun.llamacpp.server import ServerDiedError, ServerOutOfMemoryError
 from dynrun.models import open_reference
 from dynrun.paths import logs_dir, stages_dir
+from tests.native.test_session import servers
 from tests.tiny import write_tiny_llama
 
 pytestmark = pytest.mark.native
@@ -41,7 +42,8 @@ SETTINGS = GenerationSettings(n_parallel=3, max_answer_tokens=24, n_ctx=256)
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from tests.native.test_generated import ask, journals, lines, servers
+from tests.native.test_generated import ask, journals, lines
+from tests.native.test_session import servers
 def until_killed(*_):
     if len(lines(next(journals()))) >= 4:
         print(*(server.pid for server in servers()), flush=True)
@@ -74,11 +76,6 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def journals() -> Iterator[Path]:
     """Answers of runs that have not come to their end."""
     return stages_dir().glob("generated/*/answers.jsonl")
-
-
-def servers() -> list[psutil.Process]:
-    """This process's."""
-    return [child for child in psutil.Process().children() if child.name() == "llama-server"]
 
 
 def test_rounds_go_on_until_there_are_enough_tokens(model: Path) -> None:
